@@ -1,0 +1,383 @@
+"""The Python interface: :class:`Store`, :class:`Machine`, :class:`Epoch`.
+
+::
+
+    from epochs import Store
+
+    with Store() as store:
+        web = store.machine("web")
+        before = web.create(message="before the upgrade", tags=["before-upgrade"])
+        ...
+        web.rollback(before, keep=False)
+        with store.fork(before, "trial") as trial:      # thrown away at the end of the block
+            print(trial.exec(["uname", "-a"]).stdout)
+
+Every method that changes something takes the locks it needs, first settles what a killed command
+left (:mod:`epochs.protocol.recover`), and raises the exceptions of :mod:`epochs.errors`. A Store
+belongs to the thread that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import memsave
+from epochs import graph
+from epochs.catalog import EpochRecord, MachineRecord
+from epochs.errors import Failed, Refused, UsageError
+from epochs.protocol import create as creation
+from epochs.protocol import delete as deletion
+from epochs.protocol import diff as difference
+from epochs.protocol import instances, lifecycle, recover, switch, upkeep
+from epochs.protocol import verify as verification
+from epochs.qemu import agent, screen
+from epochs.qemu.process import AGENT_SOCKET, CONSOLE_SOCKET
+from epochs.spec import MachineSpec
+from epochs.store import Notice, StoreFiles, silent
+
+AGENT_LIMIT = 30.0  # seconds the guest agent may take to answer
+
+
+class Epoch:
+    """A committed checkpoint. Attributes are those of its catalog record, fixed for ever but for
+    tags, parent (an ancestor may be deleted) and ``damaged``."""
+
+    def __init__(self, store: Store, record: EpochRecord) -> None:
+        self._store = store
+        self.record = record
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def parent(self) -> str | None:
+        return self.record.parent
+
+    @property
+    def message(self) -> str:
+        return self.record.message
+
+    @property
+    def created(self) -> float:
+        """Seconds since 1970."""
+        return self.record.created
+
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """Measured figures of its creation, as in docs/json.md."""
+        return self.record.stats
+
+    @property
+    def tags(self) -> list[str]:
+        return [name for name, _, epoch in self._store.files.catalog.tags() if epoch == self.id]
+
+    @property
+    def disks(self) -> dict[str, str]:
+        """Disk name to the id of its frozen layer."""
+        return self._store.files.catalog.epoch_layers(self.id)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with the field names of docs/json.md."""
+        record = self.record
+        return {
+            "id": record.id, "machine": record.machine_name, "parent": record.parent,
+            "created": record.created, "message": record.message, "tags": self.tags,
+            "damaged": record.damaged, "compatibility": record.compatibility,
+            "disks": self.disks, "thumbnail": str(self._store.files.thumbnail_file(record.id))
+            if record.thumbnail else None, "stats": record.stats,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Epoch {self.id[:12]} of {self.record.machine_name}>"
+
+
+class Machine:
+    """A guest under our control. As a context manager it is thrown away at the end of the block,
+    with the epochs that were made of it."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self.name = name
+
+    @property
+    def record(self) -> MachineRecord:
+        """The present catalog row; NotFound if the machine was removed."""
+        return self._store.files.catalog.machine(self.name)
+
+    @property
+    def head(self) -> Epoch | None:
+        """The epoch that the present state descends from."""
+        head = self.record.head
+        return None if head is None else self._store.epoch(head)
+
+    def status(self) -> dict[str, Any]:
+        """State, process, disks, head, as in docs/json.md."""
+        self._store.settle()
+        return lifecycle.describe(self._store.files, self.record)
+
+    def start(self) -> str:
+        """Boot, or let a paused machine go on; returns "started" or "resumed"."""
+        with self._store.locked(self.name) as record:
+            return switch.start(self._store.files, record)
+
+    def stop(self, *, kill: bool = False, timeout: float = lifecycle.STOP_LIMIT) -> None:
+        """Power off; ``kill`` pulls the plug."""
+        with self._store.locked(self.name) as record:
+            lifecycle.stop(self._store.files, record, kill=kill, limit=timeout)
+
+    def pause(self) -> None:
+        """Hold the vCPUs until :meth:`start`."""
+        with self._store.locked(self.name) as record:
+            instance = instances.require_live(self._store.files, record)
+            with instances.open_monitor(self._store.files, instance) as monitor:
+                monitor.execute("stop")
+
+    def create(self, message: str = "", tags: Iterable[str] = (), *, flat: bool | None = None,
+               progress: creation.Progress = creation.no_progress) -> Epoch:
+        """A live epoch; see :func:`epochs.protocol.create.create`."""
+        with self._store.locked(self.name) as record:
+            made = creation.create(self._store.files, record, message=message, tags=tuple(tags),
+                                   flat=flat, progress=progress)
+        return Epoch(self._store, made)
+
+    def rollback(self, epoch: Epoch | str | None = None, *, keep: bool = True,
+                 progress: creation.Progress = creation.no_progress) -> dict[str, Any]:
+        """Back to ``epoch`` (default: the head). Returns the id of the kept epoch, if any, and
+        the seconds from the call to the guest running."""
+        with self._store.locked(self.name) as record:
+            if epoch is None:
+                if record.head is None:
+                    raise Refused(f"machine '{self.name}' has no epoch to go back to")
+                epoch = record.head
+            target = self._store.epoch(epoch)
+            done = switch.rollback(self._store.files, record, target.record, keep=keep,
+                                   progress=progress)
+        return {"machine": self.name, "epoch": target.id, **done}
+
+    def exec(self, argv: list[str], *, stdin: bytes | None = None,
+             timeout: float | None = None) -> agent.Completed:
+        """Run a command through the guest agent; returns its status and output."""
+        if not argv:
+            raise UsageError("there is no command to run")
+        with self._agent() as guest:
+            return guest.run(argv, stdin=stdin, timeout=timeout)
+
+    def wait_agent(self, timeout: float = 120.0) -> None:
+        """Wait until the guest agent answers (seconds; agent.AgentSilent after that)."""
+        with self._agent(timeout):
+            return
+
+    def _agent(self, limit: float = AGENT_LIMIT) -> agent.Agent:
+        self._store.settle()
+        files = self._store.files
+        instance = instances.require_live(files, self.record)
+        if instances.state(files, self.record).word == "paused":
+            raise Refused(f"machine '{self.name}' is paused; 'epochs start {self.name}' lets it "
+                          "go on")
+        try:
+            return agent.Agent(files.instance_dir(instance.id) / AGENT_SOCKET, limit)
+        except OSError as error:
+            raise Failed(f"the guest agent's socket of '{self.name}' does not answer: "
+                         f"{error}") from error
+
+    def screenshot(self) -> bytes:
+        """The display as PNG."""
+        with self._store.locked(self.name) as record:
+            if not record.spec.vga:
+                raise Refused(f"machine '{self.name}' has no display; add it with --vga")
+            instance = instances.require_live(self._store.files, record)
+            with instances.open_monitor(self._store.files, instance) as monitor:
+                return screen.png(screen.capture(
+                    monitor, self._store.files.instance_dir(instance.id)))
+
+    @property
+    def console_socket(self) -> Path:
+        """UNIX socket of the serial console; Refused if the machine is off."""
+        instance = instances.require_live(self._store.files, self.record)
+        return self._store.files.instance_dir(instance.id) / CONSOLE_SOCKET
+
+    @property
+    def console_log(self) -> Path:
+        """Everything that the serial console ever said, across rollbacks."""
+        return self._store.files.console_log(self.record.id)
+
+    def remove(self, *, with_epochs: bool = False, force: bool = False) -> lifecycle.Removal:
+        """Forget the machine and its present disks; its epochs stay unless asked for."""
+        with self._store.locked(self.name) as record:
+            return lifecycle.remove(self._store.files, record, with_epochs=with_epochs,
+                                    force=force)
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.remove(with_epochs=True, force=True)
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name}>"
+
+
+class _Locked:
+    """``with store.locked(name) as record``: the machine's lock, then its row as it is now."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        record = store.files.catalog.machine(name)
+        self._store, self._name = store, name
+        self._lock = store.files.machine_lock(record.id, name)
+
+    def __enter__(self) -> MachineRecord:
+        self._lock.__enter__()
+        try:
+            return self._store.files.catalog.machine(self._name)
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._lock.__exit__(kind, error, trace)
+
+
+class Store:
+    """All machines and epochs in one directory. Context manager."""
+
+    def __init__(self, path: Path | str | None = None, notice: Notice = silent) -> None:
+        self.files = StoreFiles(path, notice)
+
+    def close(self) -> None:
+        self.files.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    # -- upkeep of the store itself --------------------------------------------------------------
+    def settle(self) -> list[recover.Recovered]:
+        """Run ``recover`` and tell the notice function what it did."""
+        settled = recover.recover(self.files)
+        for one in settled:
+            where = f" of machine '{one.machine}'" if one.machine else ""
+            self.files.notice(f"an interrupted {one.kind}{where} was {one.outcome}")
+        return settled
+
+    def locked(self, name: str) -> _Locked:
+        """Settle, then hold a machine's lock."""
+        self.settle()
+        return _Locked(self, name)
+
+    # -- machines --------------------------------------------------------------------------------
+    def machines(self) -> list[Machine]:
+        return [Machine(self, record.name) for record in self.files.catalog.machines()]
+
+    def machine(self, name: str) -> Machine:
+        """NotFound if there is none of that name."""
+        return Machine(self, self.files.catalog.machine(name).name)
+
+    def add(self, name: str, spec: MachineSpec,
+            progress: creation.Progress | None = None) -> Machine:
+        """Register a machine; its disks are checked and never written to."""
+        self.settle()
+        lifecycle.add(self.files, name, spec, progress)
+        return Machine(self, name)
+
+    def fork(self, epoch: Epoch | str, name: str, *, paused: bool = False) -> Machine:
+        """A new machine from an epoch."""
+        return self.fork_many(epoch, [name], paused=paused)[0]
+
+    def fork_many(self, epoch: Epoch | str, names: list[str], *,
+                  paused: bool = False) -> list[Machine]:
+        """Several at once, all or none."""
+        self.settle()
+        machines = switch.fork(self.files, self.epoch(epoch).record, names, paused=paused)
+        return [Machine(self, machine.name) for machine in machines]
+
+    # -- epochs ------------------------------------------------------------------------------------
+    def epochs(self, machine: str | None = None) -> list[Epoch]:
+        """All epochs, oldest first; with a machine, those on its line and those made of it."""
+        records = self.files.catalog.epochs()
+        if machine is not None:
+            owner = self.files.catalog.machine(machine)
+            parents = self.files.catalog.parents()
+            line = set(graph.ancestors(parents, owner.head)) if owner.head else set()
+            records = [r for r in records if r.machine == owner.id or r.id in line]
+        return [Epoch(self, record) for record in records]
+
+    def epoch(self, epoch: Epoch | str) -> Epoch:
+        """An epoch by any expression of docs/design.md part 7."""
+        text = epoch.id if isinstance(epoch, Epoch) else epoch
+        return Epoch(self, self.files.catalog.epoch(self.files.resolve(text)))
+
+    def tag(self, epoch: Epoch | str, name: str, *, force: bool = False) -> Epoch:
+        """Tag an epoch under its machine; ``force`` moves a tag that exists."""
+        self.settle()
+        found = self.epoch(epoch)
+        owner = self.files.catalog.machine_by_id(found.record.machine)
+        if not graph.TAG.fullmatch(name):
+            raise UsageError(f"'{name}' is not a tag")
+        taken = [e for tag, machine, e in self.files.catalog.tags()
+                 if tag == name and machine == found.record.machine]
+        if taken and taken != [found.id] and not force:
+            raise Refused(f"machine '{owner.name if owner else found.record.machine_name}' has a "
+                          f"tag '{name}' already; choose another or move it with --force")
+        with self.files.catalog.transaction():
+            self.files.catalog.put_tag(name, found.record.machine, found.id)
+        return found
+
+    def untag(self, epoch: Epoch | str, name: str) -> Epoch:
+        """Remove a tag from an epoch; Refused if it has none of that name."""
+        self.settle()
+        found = self.epoch(epoch)
+        if name not in found.tags:
+            raise Refused(f"epoch {found.id[:12]} has no tag '{name}'")
+        with self.files.catalog.transaction():
+            self.files.catalog.remove_tag(name, found.record.machine)
+        return found
+
+    def delete(self, epochs: Iterable[Epoch | str]) -> deletion.Deletion:
+        """Forget epochs; all names are resolved before anything is deleted."""
+        self.settle()
+        found = {one.id: one.record for one in map(self.epoch, epochs)}
+        return deletion.delete(self.files, list(found.values()))
+
+    def gc(self) -> dict[str, Any]:
+        """Merge and drop what nothing needs, and remove files that nobody names."""
+        self.settle()
+        with self.files.exclusive():
+            before = deletion.used_bytes(self.files)
+            upkeep.tidy(self.files)
+            removed = upkeep.sweep(self.files)
+            return {"freed": before - deletion.used_bytes(self.files),
+                    "removed": [str(path) for path in removed]}
+
+    def verify(self, epochs: Iterable[Epoch | str] | None = None,
+               progress: Any = None) -> list[verification.Finding]:
+        """Read every byte that the epochs (default: all) depend on; returns what is damaged."""
+        self.settle()
+        chosen = self.epochs() if epochs is None else [self.epoch(epoch) for epoch in epochs]
+        with self.files.shared():
+            return verification.verify(self.files, [one.record for one in chosen], progress)
+
+    def diff(self, a: Epoch | str, b: Epoch | str) -> difference.EpochDiff:
+        """What differs between two epochs: pages and disk blocks, exactly."""
+        self.settle()
+        with self.files.shared():
+            return difference.diff(self.files, self.epoch(a).record, self.epoch(b).record)
+
+    def digest(self, epoch: Epoch | str) -> str:
+        """The canonical digest of an epoch's guest memory: equal memory, equal digest."""
+        found = self.epoch(epoch)
+        with memsave.PackStore(self.files.packs_dir) as packs:
+            return memsave.Image.load(self.files.map_file(found.id)).digest(packs)
+
+    def depth(self, epoch: Epoch | str) -> int:
+        """How many epochs lie on the line from the root to this one."""
+        return graph.depth(self.files.catalog.parents(), self.epoch(epoch).id)
+

@@ -1,0 +1,97 @@
+"""Processes by pid *and* start time, so that a pid the kernel gave away again is not ours.
+
+Fields are those of proc(5): start time is in clock ticks since boot, hence the boot id beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def boot_id() -> str:
+    """This boot of the host, from random(4)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process that is found again after the command that started it has ended."""
+
+    pid: int
+    start_time: int
+    boot: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """Identify a process that exists; ProcessLookupError if it does not."""
+        started = _stat(pid)
+        if started is None:
+            raise ProcessLookupError(pid)
+        return cls(pid, started[1], boot_id())
+
+    @classmethod
+    def own(cls) -> ProcessId:
+        return cls.of(os.getpid())
+
+    def alive(self) -> bool:
+        """Whether this very process runs (a zombie does not)."""
+        if self.boot != boot_id():
+            return False
+        found = _stat(self.pid)
+        return found is not None and found[0] not in "ZX" and found[1] == self.start_time
+
+    def kill(self, wait: float = 30.0) -> None:
+        """SIGKILL and wait until it is gone; TimeoutError (seconds) if it will not go."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            if not self.alive():  # checked with the pidfd held: the pid cannot change hands now
+                return
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            if not select.select([fd], [], [], wait)[0]:
+                raise TimeoutError(f"process {self.pid} does not end")
+        finally:
+            os.close(fd)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the process to end; False if it still runs after ``timeout`` seconds."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return not self.alive() or bool(select.select([fd], [], [], timeout)[0])
+        finally:
+            os.close(fd)
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(")") + 2:].split()  # the name may hold spaces and brackets
+    return fields[0], int(fields[19])
+
+
+def working_in(directory: Path) -> list[ProcessId]:
+    """Processes whose working directory is ``directory``: how a hypervisor is found that was
+    spawned by a command which died before it could record the pid."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if (entry / "cwd").readlink() == directory:
+                found.append(ProcessId.of(int(entry.name)))
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue  # gone meanwhile, or another user's, which we cannot have spawned
+    return found

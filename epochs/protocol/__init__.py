@@ -1,0 +1,1 @@
+"""The operations on machines and epochs, one module each, and how each is undone."""

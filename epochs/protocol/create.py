@@ -1,0 +1,372 @@
+"""``create``: a live epoch. The pause is :func:`_pause` and nothing else.
+
+Steps as in docs/design.md part 5: intend, prepare, pause, seal, resume, write, commit. A failure
+at any of them ends in :func:`undo`, which is also what ``recover`` runs after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import blockcow
+import memsave
+from blockcow import Frozen, Layer
+from epochs import points
+from epochs.catalog import DiskRecord, EpochRecord, InstanceRecord, JournalRecord, MachineRecord
+from epochs.durable import make_directory, remove_tree, sync_directory, write_file
+from epochs.errors import HypervisorDied, Refused, UsageError
+from epochs.graph import TAG
+from epochs.protocol import upkeep
+from epochs.protocol.instances import RUNNING, open_monitor, require_live
+from epochs.protocol.journal import Operation, operation
+from epochs.protocol.launch import layout_of
+from epochs.qemu import command, devicestate, ramblocks, screen
+from epochs.qemu.monitor import Monitor
+from epochs.store import StoreFiles, new_id
+
+SPACE_MARGIN = 16 * 2**20  # bytes kept free beyond what an epoch may need
+RAW_STATE = "device.raw"
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total), both in the same unit."""
+
+
+def no_progress(_what: str, _done: int, _total: int) -> None:
+    """The progress function of callers that show none."""
+
+
+@dataclass
+class _Work:
+    """What the steps of one create share."""
+
+    store: StoreFiles
+    machine: MachineRecord
+    disks: list[DiskRecord]
+    instance: InstanceRecord
+    epoch: str
+    pack: str
+    new_layers: dict[str, str]
+    monitor: Monitor
+    operation: Operation
+
+    @property
+    def directory(self) -> Path:
+        return self.store.epoch_dir(self.epoch)
+
+    @property
+    def raw_state(self) -> Path:
+        return self.directory / RAW_STATE
+
+
+def create(store: StoreFiles, machine: MachineRecord, *, message: str = "",
+           tags: tuple[str, ...] = (), flat: bool | None = None,
+           progress: Progress = no_progress) -> EpochRecord:
+    """Seal the machine's present state as a child of its head, while it goes on.
+
+    The caller holds the machine's lock. ``flat`` forces or forbids a new flat pack. Raises Refused
+    if a check says no before anything changed, Failed if something broke and was undone.
+    """
+    check_tags(store, machine, tags)
+    with store.shared():
+        began = time.perf_counter()
+        instance = require_live(store, machine)
+        disks = store.catalog.disks(machine.id)
+        plan = {
+            "epoch": new_id(), "pack": new_id(), "instance": instance.id,
+            "layers": {disk.name: new_id() for disk in disks},
+        }
+        with operation(store, "create", machine.id, plan, undo) as under_way, \
+                open_monitor(store, instance) as monitor:
+            work = _Work(store, machine, disks, instance, plan["epoch"], plan["pack"],
+                         plan["layers"], monitor, under_way)
+            epoch = _seal(work, message, tags, flat, progress, began)
+    upkeep.shorten_chains(store, machine.id)
+    return epoch
+
+
+def check_tags(store: StoreFiles, machine: MachineRecord, tags: tuple[str, ...]) -> None:
+    """Refuse tags that are malformed or taken in this machine."""
+    taken = {name for name, owner, _ in store.catalog.tags() if owner == machine.id}
+    for tag in tags:
+        if not TAG.fullmatch(tag):
+            raise UsageError(f"'{tag}' is not a tag; use letters, digits, '_', '.', '+', '-', "
+                             "at most 100, starting with a letter or digit")
+        if tag in taken or tags.count(tag) > 1:
+            raise Refused(f"machine '{machine.name}' has a tag '{tag}' already; choose another "
+                          f"or move it with 'epochs tag --force'")
+
+
+def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
+          progress: Progress, began: float) -> EpochRecord:
+    store, monitor = work.store, work.monitor
+    points.hit("create.intended")
+    running = monitor.status() == RUNNING
+    _refuse_blockers(monitor, work.machine)
+    work.operation.phase("preparing", running=running)
+    make_directory(work.directory)
+    blocks = ramblocks.locate(monitor, work.instance.process.pid, command.RAM_BLOCK)
+    layout = layout_of(blocks)
+    addresses = {block.name: block.address for block in blocks}
+    base_file = store.base_map(work.instance.id)
+    base = memsave.Image.load(base_file) if base_file.exists() else memsave.Image.zero(layout)
+    parent = work.machine.head
+    above = memsave.Image.load(store.map_file(parent)) if parent else None
+    if above is not None and above.layout != layout:
+        above = None  # other hardware since then: nothing to share with
+    thumbnail = _thumbnail(work)
+    with memsave.PackStore(store.packs_dir) as packs, \
+            memsave.GuestMemory(work.instance.process.pid, layout, addresses) as guest:
+        with guest.capture(trusted=work.instance.trusted) as capture:
+            # From here on a failure may leave pages write-protected that no epoch has: only the
+            # commit below makes the tracking credible again.
+            with store.catalog.transaction():
+                store.catalog.distrust(work.instance.id)
+            if running:
+                capture.precopy()
+            _check_space(work, capture.precopied_pages, first=base.flat is None)
+            tickets = _prepare_disks(work)
+            points.hit("create.prepared")
+            capture.reserve()
+            pause = _pause(work, tickets, capture, running)
+            points.hit("create.resumed")
+            frozen = _seal_disks(work, tickets)
+            progress("disks", 1, 1)
+            points.hit("create.disks-sealed")
+            written = capture.write(base, above, packs, work.pack, flat=flat,
+                                    progress=lambda done, total: progress("memory", done, total))
+            points.hit("create.memory-written")
+            method = guest.method
+        image = written.image
+        state = devicestate.with_configuration(work.raw_state.read_bytes(),
+                                               work.machine.machine_type)
+        write_file(store.state_file(work.epoch), state)
+        work.raw_state.unlink()
+        image.save(store.map_file(work.epoch))
+        if thumbnail is not None:
+            write_file(store.thumbnail_file(work.epoch), thumbnail)
+        sync_directory(work.directory)
+        sync_directory(work.directory.parent)
+        points.hit("create.written")
+        signature = packs.signature(work.pack) if written.pack_id else None
+    map_bytes = store.map_file(work.epoch).read_bytes()
+    stats = {
+        "pause_seconds": pause.total, "pause_steps": pause.steps,
+        "pages_new": written.new_pages, "pages_changed": written.changed_pages,
+        "pages_zero": written.zero_pages, "pages_sealed_in_pause": capture.sealed_pages,
+        "pages_precopied": capture.precopied_pages, "pages_resident": image.resident,
+        "pack_bytes": written.bytes_written, "flat": written.flat, "tracking": method,
+        "map_bytes": len(map_bytes), "state_bytes": len(state),
+        "disk_bytes": {part.disk: store.backend(part.frozen.backend).usage(part.frozen)
+                       for part in frozen},
+    }
+    stats["total_seconds"] = time.perf_counter() - began
+    epoch = EpochRecord(
+        id=work.epoch, machine=work.machine.id, machine_name=work.machine.name, parent=parent,
+        created=time.time(), message=message, spec=work.machine.spec,
+        compatibility=work.instance.compatibility, map_checksum=checksum(map_bytes),
+        state_checksum=checksum(state), state_size=len(state), thumbnail=thumbnail is not None,
+        stats=stats)
+    _commit(work, epoch, tags, frozen, image, signature)
+    return epoch
+
+
+def checksum(data: bytes) -> str:
+    """BLAKE2b-128 of a small blob, in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _refuse_blockers(monitor: Monitor, machine: MachineRecord) -> None:
+    reasons = monitor.execute("query-migrate").get("blocked-reasons", [])
+    if reasons:
+        raise Refused(f"machine '{machine.name}' cannot be checkpointed: " + "; ".join(
+            reason.strip() for reason in reasons))
+
+
+def _check_space(work: _Work, precopied: int, *, first: bool) -> None:
+    """Refuse before the pause if the epoch might not fit."""
+    pages = precopied
+    if first or not precopied:
+        pages = max(pages, _anonymous_pages(work.instance.process.pid) if first else 0)
+    needed = pages * memsave.PAGE + SPACE_MARGIN
+    stat = os.statvfs(work.store.path)
+    free = stat.f_bavail * stat.f_frsize
+    if free < needed:
+        raise Refused(f"the store {work.store.path} has {free // 2**20} MiB free, but an epoch of "
+                      f"'{work.machine.name}' may need {needed // 2**20} MiB; delete epochs or "
+                      "enlarge the file system")
+
+
+def _anonymous_pages(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024 // memsave.PAGE
+    return 0
+
+
+def _thumbnail(work: _Work) -> bytes | None:
+    if not work.machine.spec.vga:
+        return None
+    return screen.thumbnail(screen.capture(work.monitor, work.directory))
+
+
+def _parts(work: _Work) -> dict[str, list[tuple[blockcow.Freeze, list[Layer]]]]:
+    """Freezes by backend, with each disk's chain."""
+    found: dict[str, list[tuple[blockcow.Freeze, list[Layer]]]] = {}
+    for disk in work.disks:
+        chain = work.store.catalog.chain(disk.active or disk.base)
+        found.setdefault(disk.backend, []).append(
+            (_freeze(disk.name, chain[0], work.new_layers[disk.name]), chain))
+    return found
+
+
+def _freeze(disk: str, active: Layer, new_id: str) -> blockcow.Freeze:
+    return blockcow.Freeze(disk, active, new_id, command.disk_node(active.id),
+                           command.disk_node(new_id))
+
+
+def _prepare_disks(work: _Work) -> list[blockcow.FreezeTicket]:
+    tickets = [work.store.backend(name).prepare_freeze(work.monitor, parts)
+               for name, parts in _parts(work).items()]
+    points.hit("create.disks-prepared")
+    # The file that QEMU writes device state into exists before the pause, and private.
+    os.close(os.open(work.raw_state, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    return tickets
+
+
+@dataclass(frozen=True)
+class _Pause:
+    total: float
+    steps: dict[str, float]
+
+
+def _pause(work: _Work, tickets: list[blockcow.FreezeTicket], capture: memsave.Capture,
+           running: bool) -> _Pause:
+    """Stop, device state, freeze, memory, go on. Returns seconds, total and of each step."""
+    monitor = work.monitor
+    steps: dict[str, float] = {}
+    began = last = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        steps[name] = now - last
+        last = now
+
+    if running:
+        monitor.execute("stop")
+    lap("stop")
+    try:
+        points.hit("create.paused")
+        monitor.execute("xen-save-devices-state", filename=str(work.raw_state), live=False)
+        lap("device_state")
+        points.hit("create.state-saved")
+        for ticket in tickets:
+            ticket.freeze()
+        lap("freeze_disks")
+        points.hit("create.disks-frozen")
+        capture.seal()
+        lap("seal_memory")
+        points.hit("create.memory-sealed")
+    finally:
+        if running:
+            monitor.execute("cont")
+    lap("resume")
+    return _Pause(last - began if running else 0.0, steps)
+
+
+def _seal_disks(work: _Work, tickets: list[blockcow.FreezeTicket]) -> list[Frozen]:
+    return [part for ticket in tickets for part in ticket.seal()]
+
+
+def _commit(work: _Work, epoch: EpochRecord, tags: tuple[str, ...], frozen: list[Frozen],
+            image: memsave.Image, pack_signature: str | None) -> None:
+    """One transaction: the epoch, its layers, the machine's head, and the journal row gone."""
+    store, catalog = work.store, work.store.catalog
+    by_disk = {part.disk: part for part in frozen}
+    pending = store.base_map(work.instance.id).with_suffix(".next")
+    image.save(pending)
+    with catalog.transaction():
+        for part in frozen:
+            catalog.put_layer(part.frozen)
+            catalog.put_layer(part.active)
+            catalog.set_active(work.machine.id, part.disk, part.active.id)
+        if pack_signature is not None:
+            catalog.add_pack(work.pack, pack_signature)
+        catalog.add_epoch(epoch, {disk.name: by_disk[disk.name].frozen.id for disk in work.disks},
+                          image.packs)
+        for tag in tags:
+            catalog.put_tag(tag, work.machine.id, epoch.id)
+        catalog.set_head(work.machine.id, epoch.id)
+        catalog.put_instance(replace(work.instance, trusted=False), image.packs)
+        work.operation.phase("committed", pending=str(pending))
+    points.hit("create.committed")
+    finish_commit(store, work.operation.record)
+
+
+def finish_commit(store: StoreFiles, record: JournalRecord) -> None:
+    """After the commit: the instance's base map becomes the epoch's, tracking is credible."""
+    catalog = store.catalog
+    pending = Path(record.plan["pending"])
+    if pending.exists():
+        pending.rename(store.base_map(record.plan["instance"]))
+    with catalog.transaction():
+        catalog.trust(record.plan["instance"])
+        catalog.end(record.id)
+
+
+def undo(store: StoreFiles, record: JournalRecord) -> None:
+    """Bring the guest back to running and remove everything of an epoch that was not committed."""
+    if record.phase == "committed":
+        finish_commit(store, record)
+        return
+    machine = store.catalog.machine_by_id(record.machine or "")
+    instance = store.catalog.instance_of(record.machine or "")
+    if machine is not None:
+        monitor: Monitor | None = None
+        try:
+            if instance is not None and instance.id == record.plan["instance"]:
+                monitor = _resume(store, instance, bool(record.plan.get("running")))
+            _unfreeze(store, machine, monitor, record.plan)
+        finally:
+            if monitor is not None:
+                monitor.close()
+    remove_tree(store.epoch_dir(record.plan["epoch"]))
+    memsave.PackStore(store.packs_dir).drop(record.plan["pack"])
+    with store.catalog.transaction():
+        store.catalog.end(record.id)
+
+
+def _resume(store: StoreFiles, instance: InstanceRecord, running: bool) -> Monitor | None:
+    try:
+        monitor = open_monitor(store, instance)
+    except HypervisorDied:
+        return None
+    if running and monitor.status() in ("paused", "save-vm", "finish-migrate"):
+        monitor.execute("cont")
+    return monitor
+
+
+def _unfreeze(store: StoreFiles, machine: MachineRecord, monitor: Monitor | None,
+              plan: Mapping[str, Any]) -> None:
+    """Let the backends say which layers hold the present state now, and record that."""
+    by_backend: dict[str, list[tuple[blockcow.Freeze, list[Layer]]]] = {}
+    for disk in store.catalog.disks(machine.id):
+        if disk.active is None:
+            continue
+        chain = store.catalog.chain(disk.active)
+        by_backend.setdefault(disk.backend, []).append(
+            (_freeze(disk.name, chain[0], plan["layers"][disk.name]), chain))
+    held: dict[str, list[Layer]] = {}
+    for name, parts in by_backend.items():
+        held.update(store.backend(name).recover_freeze(monitor, parts))
+    with store.catalog.transaction():
+        for disk, layers in held.items():
+            for layer in reversed(layers):  # bottom first: backing must exist
+                store.catalog.put_layer(layer)
+            store.catalog.set_active(machine.id, disk, layers[0].id)

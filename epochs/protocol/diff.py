@@ -1,0 +1,52 @@
+"""``diff``: what differs between two epochs, page by page and disk block by disk block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import memsave
+from epochs.catalog import EpochRecord
+from epochs.errors import Refused
+from epochs.store import StoreFiles
+
+
+@dataclass(frozen=True)
+class EpochDiff:
+    """``pages``: runs (block, first page, count); ``disks``: byte ranges (offset, length)."""
+
+    a: str
+    b: str
+    pages: list[tuple[str, int, int]]
+    disks: dict[str, tuple[tuple[int, int], ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "a": self.a, "b": self.b,
+            "memory": {"pages": sum(count for _, _, count in self.pages),
+                       "runs": [list(run) for run in self.pages]},
+            "disks": {disk: {"bytes": sum(length for _, length in ranges),
+                             "ranges": [list(one) for one in ranges]}
+                      for disk, ranges in self.disks.items()},
+        }
+
+
+def diff(store: StoreFiles, a: EpochRecord, b: EpochRecord) -> EpochDiff:
+    """Compare two epochs by their bytes; Refused if they are of different hardware."""
+    with memsave.PackStore(store.packs_dir) as packs:
+        images = [memsave.Image.load(store.map_file(epoch.id)) for epoch in (a, b)]
+        if images[0].layout != images[1].layout:
+            raise Refused(f"epochs {a.id[:12]} and {b.id[:12]} have different memory layouts and "
+                          "cannot be compared")
+        pages = memsave.diff(images[0], images[1], packs)
+    layers = [store.catalog.epoch_layers(epoch.id) for epoch in (a, b)]
+    disks = {}
+    for disk in layers[0]:
+        if disk not in layers[1]:
+            raise Refused(f"epoch {b.id[:12]} has no disk '{disk}'")
+        chains = [store.catalog.chain(side[disk]) for side in layers]
+        if chains[0][0].backend != chains[1][0].backend:
+            raise Refused(f"disk '{disk}' is kept by different backends in the two epochs")
+        found = store.backend(chains[0][0].backend).difference(chains[0], chains[1])
+        disks[disk] = found.ranges
+    return EpochDiff(a.id, b.id, pages, disks)

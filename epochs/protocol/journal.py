@@ -1,0 +1,51 @@
+"""Running an operation under the journal: record the intent, act, and on any failure undo it with
+the same code that ``recover`` uses after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from epochs.catalog import JournalRecord, new_journal
+from epochs.errors import Failed
+from epochs.store import StoreFiles, new_id
+
+Undo = Callable[[StoreFiles, JournalRecord], None]
+
+
+class Operation:
+    """An operation under way; ``record`` is what the journal holds of it now."""
+
+    def __init__(self, store: StoreFiles, record: JournalRecord) -> None:
+        self._store = store
+        self.record = record
+
+    def phase(self, phase: str, **more: Any) -> None:
+        """Persist how far the operation got (joins a transaction that is open)."""
+        with self._store.catalog.transaction():
+            self.record = self._store.catalog.note_phase(self.record, phase, **more)
+
+    def end(self) -> None:
+        """Drop the journal row (joins a transaction that is open)."""
+        with self._store.catalog.transaction():
+            self._store.catalog.end(self.record.id)
+
+
+@contextmanager
+def operation(store: StoreFiles, kind: str, machine: str | None, plan: dict[str, Any],
+              undo: Undo) -> Iterator[Operation]:
+    """Journal an operation; if the body raises, undo it and let the exception go on."""
+    record = new_journal(new_id(), kind, machine, plan)
+    with store.catalog.transaction():
+        store.catalog.begin(record)
+    under_way = Operation(store, record)
+    try:
+        yield under_way
+    except BaseException as error:
+        try:
+            undo(store, under_way.record)
+        except Exception as second:
+            raise Failed(f"{error}; undoing it did not work yet either ({second}): mend the cause "
+                         "and run 'epochs recover'") from error
+        raise

@@ -1,0 +1,195 @@
+"""What keeps a store small and its chains short: dropping, merging, sweeping.
+
+Nothing here changes what any epoch looks like. Files that other commands may be about to open are
+removed only under the store's exclusive lock; a replacement of a layer is renamed over it first and
+recorded afterwards, because the old record over the new file reads the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import memsave
+from blockcow import Layer, chains
+from epochs import points
+from epochs.catalog import JournalRecord
+from epochs.durable import remove_tree
+from epochs.errors import HypervisorDied
+from epochs.protocol.instances import open_monitor
+from epochs.protocol.journal import operation
+from epochs.qemu import command
+from epochs.store import StoreFiles
+
+
+def drop_layers(store: StoreFiles, layer_ids: list[str]) -> None:
+    """Drop those of the layers (and then of those beneath) that nothing needs any more."""
+    for layer_id in layer_ids:
+        at: str | None = layer_id
+        while at is not None:
+            rows = {layer.id: layer for layer in store.catalog.layers()}
+            needed = store.catalog.wanted_layers() | {layer.backing for layer in rows.values()}
+            if at not in rows or at in needed:
+                break
+            store.backend(rows[at].backend).drop(rows[at])
+            with store.catalog.transaction():
+                store.catalog.remove_layer(at)
+            at = rows[at].backing
+
+
+def drop_packs(store: StoreFiles) -> None:
+    """Drop packs that no epoch and no instance refers to."""
+    packs = memsave.PackStore(store.packs_dir)
+    for pack in store.catalog.unneeded_packs():
+        packs.drop(pack)
+        with store.catalog.transaction():
+            store.catalog.remove_pack(pack)
+
+
+def redo_delete(store: StoreFiles, record: JournalRecord) -> None:
+    """Remove the files of epochs that were forgotten; repeatable."""
+    left = store.catalog.parents()
+    for epoch in record.plan["epochs"]:
+        if epoch not in left:
+            remove_tree(store.epoch_dir(epoch))
+    machine = record.plan.get("machine")
+    if machine and store.catalog.machine_by_id(machine) is None:
+        remove_tree(store.machine_dir(machine))
+    points.hit("delete.files-dropped")
+    drop_packs(store)
+    drop_layers(store, record.plan["layers"])
+    with store.catalog.transaction():
+        store.catalog.end(record.id)
+
+
+# -- chains ------------------------------------------------------------------------------------
+def shorten_chains(store: StoreFiles, machine_id: str) -> None:
+    """After a create: merge the newest frozen layers where the chain policy says so, and let the
+    running hypervisor read through the merged one. The guest runs meanwhile."""
+    for disk in store.catalog.disks(machine_id):
+        if disk.active is None:
+            continue
+        merged = False
+        while True:
+            chain = store.catalog.chain(disk.active)[1:]
+            count = chains.links_to_merge(chain, store.catalog.wanted_layers())
+            if count is None:
+                break
+            consolidate(store, chain, count)
+            merged = True
+        if merged:
+            _read_through(store, machine_id, disk.active)
+
+
+def _read_through(store: StoreFiles, machine_id: str, active_id: str) -> None:
+    instance = store.catalog.instance_of(machine_id)
+    if instance is None:
+        return
+    active, *below = store.catalog.chain(active_id)
+    try:
+        with open_monitor(store, instance) as monitor:
+            store.backend(active.backend).rebacking(monitor, active,
+                                                    command.disk_node(active.id), below)
+    except HypervisorDied:
+        return  # its next start opens the short chain
+
+
+def consolidate(store: StoreFiles, chain: list[Layer], count: int) -> None:
+    """Replace frozen layer ``chain[0]`` by the union of ``chain[:count]``, content unchanged.
+
+    Every layer that goes into the union is read and checked first, so that damage is reported and
+    never copied under a fresh checksum.
+    """
+    layer = chain[0]
+    backend = store.backend(layer.backend)
+    for part in chain[:count]:
+        backend.check(part, full=True)
+    plan = {"layer": layer.id, "backend": layer.backend}
+    with operation(store, "consolidate", None, plan, undo_consolidate) as under_way:
+        points.hit("consolidate.intended")
+        built = backend.consolidate(chain, count)
+        points.hit("consolidate.built")
+        under_way.phase("built", replacement=asdict(built))
+        promoted = backend.promote(built)
+        points.hit("consolidate.promoted")
+        with store.catalog.transaction():
+            store.catalog.put_layer(promoted)
+            under_way.end()
+        points.hit("consolidate.recorded")
+
+
+def undo_consolidate(store: StoreFiles, record: JournalRecord) -> None:
+    """Drop an unfinished replacement, or record one that was already renamed into place."""
+    backend = store.backend(record.plan["backend"])
+    rows = {layer.id: layer for layer in store.catalog.layers()}
+    layer = rows.get(record.plan["layer"])
+    replacement = record.plan.get("replacement")
+    if layer is not None:
+        place = store.layers_dir / layer.file
+        if replacement is not None and not (store.layers_dir / replacement["file"]).exists():
+            renamed = replace(Layer(**replacement), file=layer.file, signature=None)
+            with store.catalog.transaction():
+                store.catalog.put_layer(backend.check(renamed, full=True))
+        else:
+            for file in backend.files(layer.id):
+                if file != place:
+                    file.unlink(missing_ok=True)
+    with store.catalog.transaction():
+        store.catalog.end(record.id)
+
+
+def merge_unwanted(store: StoreFiles) -> None:
+    """Give back the space of layers that only serve as backing (exclusive lock held).
+
+    A layer with one frozen child is merged into it; one that several share, or that a running
+    guest writes over, stays until that changes.
+    """
+    while True:
+        rows = store.catalog.layers()
+        plan = chains.next_unwanted(rows, store.catalog.wanted_layers(),
+                                    store.catalog.active_layers())
+        if plan is None:
+            return
+        if plan.child is not None:
+            consolidate(store, store.catalog.chain(plan.child), 2)
+        drop_layers(store, [plan.layer])
+
+
+def has_unwanted(store: StoreFiles) -> bool:
+    """Whether :func:`merge_unwanted` would find something to do."""
+    return chains.next_unwanted(store.catalog.layers(), store.catalog.wanted_layers(),
+                                store.catalog.active_layers()) is not None
+
+
+def tidy(store: StoreFiles) -> None:
+    """Everything that can be dropped or merged is (exclusive lock held)."""
+    drop_packs(store)
+    merge_unwanted(store)
+
+
+# -- orphans -----------------------------------------------------------------------------------
+def orphans(store: StoreFiles) -> list[Path]:
+    """Files and directories in the store that neither the catalog nor an operation under way
+    names. Meaningful only while the exclusive lock is held and the journal is empty."""
+    catalog = store.catalog
+    if catalog.journal():
+        return []
+    packs = memsave.PackStore(store.packs_dir)
+    known: set[Path] = {store.epoch_dir(epoch) for epoch in catalog.parents()}
+    known |= {store.instance_dir(instance.id) for instance in catalog.instances()}
+    known |= {store.machine_dir(machine.id) for machine in catalog.machines()}
+    known |= {file for pack in catalog.pack_signatures() for file in packs.final_files(pack)}
+    known |= {store.layers_dir / layer.file for layer in catalog.layers()}
+    return sorted(entry for place in ("epochs", "instances", "machines", "packs", "layers")
+                  for entry in (store.path / place).iterdir() if entry not in known)
+
+
+def sweep(store: StoreFiles) -> list[Path]:
+    """Remove orphans (exclusive lock held) and return what was removed."""
+    found = orphans(store)
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return found

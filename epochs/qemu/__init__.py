@@ -1,0 +1,1 @@
+"""The QEMU driver: command line, process, QMP, RAM blocks, device state, guest agent."""

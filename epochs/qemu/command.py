@@ -1,0 +1,154 @@
+"""The QEMU command line of an instance, and what of it decides restore compatibility.
+
+Everything the guest can see is fixed here: an epoch loads only into the same machine type, CPU
+model and devices, so :func:`compatibility` is recorded with every epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from epochs.errors import Incompatible
+from epochs.qemu.binary import Qemu
+from epochs.qemu.monitor import to_json
+from epochs.spec import MachineSpec
+
+RAM_BLOCK = "ram"  # the memory backend's id is the name of its RAM block
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Descriptors of listening UNIX sockets that QEMU inherits."""
+
+    qmp: int
+    console: int
+    agent: int
+
+
+def disk_node(layer_id: str) -> str:
+    """Node name of an active layer (QEMU allows 31 characters, beginning with a letter)."""
+    return f"d{layer_id[:24]}"
+
+
+def mac_address(machine_id: str) -> str:
+    """A locally administered MAC that stays with the machine."""
+    digest = hashlib.sha256(machine_id.encode()).digest()
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])
+
+
+def cpu_model(accel: str) -> str:
+    return "host" if accel == "kvm" else "max"
+
+
+def devices(spec: MachineSpec, mac: str) -> list[str]:
+    """The guest-visible devices besides disks, as -device arguments, in slot order."""
+    found = ["virtio-serial-pci,id=serial", "virtserialport,chardev=agent,"
+             "name=org.qemu.guest_agent.0", "virtio-rng-pci,id=rng"]
+    if spec.net == "user":
+        found.append(f"virtio-net-pci,netdev=net0,id=net0,mac={mac},romfile=")
+    if spec.vga:
+        found.append("VGA,id=vga")
+    found += [f"virtio-blk-pci,id=disk-{disk.name},drive=@{disk.name},serial={disk.name}"
+              for disk in spec.disks]
+    return found
+
+
+def arguments(  # noqa: PLR0913 - these are the parts of one command line
+    spec: MachineSpec,
+    *,
+    name: str,
+    accel: str,
+    machine_type: str,
+    mac: str,
+    image: Path,
+    nodes: Mapping[str, str],
+    blockdevs: Sequence[Mapping[str, Any]],
+    sockets: Sockets,
+    console_log: Path,
+    generation_id: str,
+    incoming: bool,
+) -> list[str]:
+    """The argument vector after the binary. ``nodes`` maps disk names to block nodes."""
+    argv = ["-name", f"guest={name.replace(',', ',,')}",
+            "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+            "-machine", f"{machine_type},memory-backend={RAM_BLOCK}", "-accel", accel,
+            "-cpu", cpu_model(accel), "-smp", str(spec.cpus), "-m", f"{spec.memory // 1024}K",
+            "-object", to_json({"qom-type": "memory-backend-file", "id": RAM_BLOCK,
+                                "mem-path": str(image), "size": spec.memory, "share": False}),
+            "-chardev", f"socket,id=qmp,fd={sockets.qmp},server=on,wait=off",
+            "-mon", "chardev=qmp,mode=control",
+            "-chardev", to_option({"socket,id": "console", "fd": str(sockets.console),
+                                   "server": "on", "wait": "off", "logappend": "on",
+                                   "logfile": str(console_log)}),
+            "-serial", "chardev:console",
+            "-chardev", f"socket,id=agent,fd={sockets.agent},server=on,wait=off",
+            "-device", f"vmgenid,guid={generation_id}"]
+    if spec.net == "user":
+        argv += ["-netdev", "user,id=net0"]
+    for blockdev in blockdevs:
+        argv += ["-blockdev", to_json(blockdev)]
+    for device in devices(spec, mac):
+        head, at, rest = device.partition("drive=@")
+        if at:
+            disk, _, tail = rest.partition(",")
+            device = f"{head}drive={nodes[disk]},{tail}"  # noqa: PLW2901
+        argv += ["-device", device]
+    if spec.kernel:
+        argv += ["-kernel", spec.kernel]
+        if spec.initrd:
+            argv += ["-initrd", spec.initrd]
+        if spec.append:
+            argv += ["-append", spec.append]
+    argv += list(spec.extra)
+    # -no-shutdown: a guest that powers itself off stays to be seen as such (run state shutdown),
+    # so that a process that is gone always means one that died.
+    argv += ["-no-shutdown", "-S"]
+    if incoming:
+        argv += ["-incoming", "defer"]
+    return argv
+
+
+def to_option(pairs: Mapping[str, str]) -> str:
+    """QemuOpts text; commas in values are written twice."""
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in pairs.items())
+
+
+def compatibility(spec: MachineSpec, qemu: Qemu, accel: str, machine_type: str,
+                  mac: str) -> dict[str, Any]:
+    """What must be equal for an epoch's device state to load, as recorded with the epoch."""
+    return {
+        "qemu": qemu.version,
+        "machine_type": machine_type,
+        "accelerator": accel,
+        "cpu_model": cpu_model(accel),
+        "cpus": spec.cpus,
+        "memory": spec.memory,
+        "devices": [*devices(spec, mac), *spec.extra],
+        "page_size": PAGE,
+    }
+
+
+_WORDS = {"machine_type": "machine type", "cpu_model": "CPU model", "page_size": "page size",
+          "cpus": "number of CPUs"}
+
+
+def check_compatible(epoch: str, recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raise Incompatible with the first difference that matters.
+
+    Two QEMUs of one major.minor release load each other's device state; across releases the
+    CPU model "max" and firmware differ, so that is refused.
+    """
+    release = [str(side["qemu"]).split(".")[:2] for side in (recorded, present)]
+    if release[0] != release[1]:
+        raise Incompatible(f"epoch {epoch} was made by QEMU {recorded['qemu']} and cannot be "
+                           f"loaded by QEMU {present['qemu']}; use a QEMU {'.'.join(release[0])} "
+                           "(set $EPOCHS_QEMU)")
+    for key in sorted(set(recorded) | set(present)):
+        if key != "qemu" and recorded.get(key) != present.get(key):
+            raise Incompatible(f"epoch {epoch} needs {_WORDS.get(key, key)} {recorded.get(key)}, "
+                               f"but this would be {present.get(key)}")

@@ -1,0 +1,141 @@
+"""The store: one directory with the catalog, the locks, and the files that the catalog names.
+
+::
+
+    STORE/catalog.sqlite              machines, epochs, layers, packs, instances, journal
+    STORE/locks/                      lock files
+    STORE/epochs/ID/                  memory.map, device.state, thumbnail.png
+    STORE/packs/ID.pack, ID.idx       pages of guest memory
+    STORE/layers/ID.*                 disk layers
+    STORE/instances/ID/               sockets and log of a hypervisor, base.map, blank.ram
+    STORE/machines/ID/console.log     the serial console since the machine was added
+
+Everything is 0700/0600: a memory image holds the guest's secrets.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import blockcow
+from epochs import locks
+from epochs.catalog import Catalog
+from epochs.durable import make_directory
+from epochs.errors import Refused
+from epochs.graph import Names, resolve
+
+Notice = Callable[[str], None]
+
+
+def default_path() -> Path:
+    """$EPOCHS_STORE, else /var/lib/epochs for root, else $XDG_STATE_HOME/epochs."""
+    if named := os.environ.get("EPOCHS_STORE"):
+        return Path(named)
+    if os.geteuid() == 0:
+        return Path("/var/lib/epochs")
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "epochs"
+
+
+def new_id() -> str:
+    """A fresh identifier: 32 hexadecimal digits."""
+    return uuid.uuid4().hex
+
+
+def silent(_message: str) -> None:
+    """The notice function of callers that have nobody to tell."""
+
+
+class StoreFiles:
+    """Paths, locks and the catalog of one store; no decisions."""
+
+    def __init__(self, path: Path | str | None = None, notice: Notice = silent) -> None:
+        self.path = Path(os.path.abspath(path or default_path()))
+        self.notice = notice
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("locks", "epochs", "packs", "layers", "instances", "machines"):
+                make_directory(self.path / name)
+        except OSError as error:
+            raise Refused(f"the store {self.path} cannot be used: {error.strerror}; name another "
+                          "with --store") from error
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise Refused(f"the store {self.path} is not writable; name another with --store")
+        self.catalog = Catalog(self.path / "catalog.sqlite")
+
+    def close(self) -> None:
+        self.catalog.close()
+
+    # -- where things are ----------------------------------------------------------------------
+    @property
+    def packs_dir(self) -> Path:
+        return self.path / "packs"
+
+    @property
+    def layers_dir(self) -> Path:
+        return self.path / "layers"
+
+    def epoch_dir(self, epoch_id: str) -> Path:
+        return self.path / "epochs" / epoch_id
+
+    def instance_dir(self, instance_id: str) -> Path:
+        return self.path / "instances" / instance_id
+
+    def machine_dir(self, machine_id: str) -> Path:
+        return self.path / "machines" / machine_id
+
+    def map_file(self, epoch_id: str) -> Path:
+        return self.epoch_dir(epoch_id) / "memory.map"
+
+    def state_file(self, epoch_id: str) -> Path:
+        return self.epoch_dir(epoch_id) / "device.state"
+
+    def thumbnail_file(self, epoch_id: str) -> Path:
+        return self.epoch_dir(epoch_id) / "thumbnail.png"
+
+    def base_map(self, instance_id: str) -> Path:
+        return self.instance_dir(instance_id) / "base.map"
+
+    def console_log(self, machine_id: str) -> Path:
+        return self.machine_dir(machine_id) / "console.log"
+
+    def backend(self, name: str) -> blockcow.Backend:
+        """The disk backend of that name over this store's layers."""
+        return blockcow.backend(name, self.layers_dir)
+
+    # -- locks ---------------------------------------------------------------------------------
+    @contextmanager
+    def machine_lock(self, machine_id: str, name: str) -> Iterator[None]:
+        """Be the only command that works on this machine."""
+        with locks.hold(self.path / "locks" / f"machine-{machine_id}", f"machine '{name}'",
+                        notice=self.notice):
+            yield
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Rely on epochs and layers not being deleted meanwhile."""
+        with locks.hold(self.path / "locks" / "store", "the store", shared=True,
+                        notice=self.notice):
+            yield
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Delete or replace what other commands may rely on."""
+        with locks.hold(self.path / "locks" / "store", "the store", notice=self.notice):
+            yield
+
+    @contextmanager
+    def try_exclusive(self) -> Iterator[bool]:
+        """Like :meth:`exclusive`, but yields False at once if somebody works in the store."""
+        with locks.attempt(self.path / "locks" / "store") as got:
+            yield got
+
+    # -- names ---------------------------------------------------------------------------------
+    def resolve(self, text: str) -> str:
+        """The epoch id that an EPOCH expression stands for (see :mod:`epochs.graph`)."""
+        machines = {m.name: (m.id, m.head) for m in self.catalog.machines()}
+        return resolve(text, Names(self.catalog.parents(), self.catalog.tags(), machines))

@@ -45,7 +45,8 @@ class Layer:
     owner keeps it (which is then never written to). ``size`` is the virtual size in bytes.
     ``checksum`` (of the file's data, holes excluded) and ``signature`` (what stat said when the
     checksum was last known to be right, as "size:mtime_ns:ctime_ns:inode") are None while the
-    layer is active.
+    layer is active. ``level`` says how many times the layer's content was merged: see
+    :mod:`blockcow.chains`.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Layer:
     backing: str | None = None
     checksum: str | None = None
     signature: str | None = None
+    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ class Backend(Protocol):
     def available(self) -> str | None:
         """None if this backend can work in its directory, else one sentence saying why not."""
 
-    def adopt(self, source: Source, layer_id: str,
-              progress: Callable[[int], None] | None = None) -> Layer:
+    def adopt(
+        self, source: Source, layer_id: str, progress: Callable[[int], None] | None = None
+    ) -> Layer:
         """Make a frozen base layer from a user's disk, which itself is never written to."""
 
     def clone(self, chain: Chain, layer_id: str) -> Layer:
@@ -154,12 +157,14 @@ class Backend(Protocol):
     def blockdev(self, chain: Chain, node: str) -> list[JsonDict]:
         """``-blockdev`` arguments, in order, to open the active layer ``chain[0]`` as ``node``."""
 
-    def prepare_freeze(self, live: LiveBlocks, parts: Sequence[tuple[Freeze, Chain]]
-                       ) -> FreezeTicket:
+    def prepare_freeze(
+        self, live: LiveBlocks, parts: Sequence[tuple[Freeze, Chain]]
+    ) -> FreezeTicket:
         """Everything of a freeze that can be done while the guest runs."""
 
-    def recover_freeze(self, live: LiveBlocks | None, parts: Sequence[tuple[Freeze, Chain]]
-                       ) -> Mapping[str, list[Layer]]:
+    def recover_freeze(
+        self, live: LiveBlocks | None, parts: Sequence[tuple[Freeze, Chain]]
+    ) -> Mapping[str, list[Layer]]:
         """After a killed freeze, with nothing committed: per disk name the layers that now hold
         the machine's present state above ``active.backing`` (top, i.e. active, first), and
         nothing else left behind. ``live`` is None if the hypervisor is gone too."""

@@ -95,7 +95,8 @@ def parse_disk(text: str) -> DiskSpec:
     for part in parts[1:]:
         key, equals, value = part.partition("=")
         if key not in ("format", "backend") or not value:
-            raise UsageError(f"disk {name}: unknown option '{part}'; there are format= and backend=")
+            raise UsageError(f"disk {name}: unknown option '{part}'; "
+                             "there are format= and backend=")
         options[key] = value
     return DiskSpec(name, parts[0], options.get("format"), options.get("backend"))
 

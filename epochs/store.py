@@ -54,7 +54,7 @@ class StoreFiles:
     """Paths, locks and the catalog of one store; no decisions."""
 
     def __init__(self, path: Path | str | None = None, notice: Notice = silent) -> None:
-        self.path = Path(os.path.abspath(path or default_path()))
+        self.path = Path(path or default_path()).absolute()
         self.notice = notice
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def create(store: StoreFiles, machine: MachineRecord, *, message: str = "",
         began = time.perf_counter()
         instance = require_live(store, machine)
         disks = store.catalog.disks(machine.id)
-        plan = {
+        plan: dict[str, Any] = {
             "epoch": new_id(), "pack": new_id(), "instance": instance.id,
             "layers": {disk.name: new_id() for disk in disks},
         }
@@ -86,7 +86,7 @@ def create(store: StoreFiles, machine: MachineRecord, *, message: str = "",
             work = _Work(store, machine, disks, instance, plan["epoch"], plan["pack"],
                          plan["layers"], monitor, under_way)
             epoch = _seal(work, message, tags, flat, progress, began)
-    upkeep.shorten_chains(store, machine.id)
+    upkeep.try_shorten_chains(store, machine)
     return epoch
 
 
@@ -363,10 +363,10 @@ def _unfreeze(store: StoreFiles, machine: MachineRecord, monitor: Monitor | None
         by_backend.setdefault(disk.backend, []).append(
             (_freeze(disk.name, chain[0], plan["layers"][disk.name]), chain))
     held: dict[str, list[Layer]] = {}
-    for name, parts in by_backend.items():
-        held.update(store.backend(name).recover_freeze(monitor, parts))
+    for backend, parts in by_backend.items():
+        held.update(store.backend(backend).recover_freeze(monitor, parts))
     with store.catalog.transaction():
-        for disk, layers in held.items():
+        for name, layers in held.items():
             for layer in reversed(layers):  # bottom first: backing must exist
                 store.catalog.put_layer(layer)
-            store.catalog.set_active(machine.id, disk, layers[0].id)
+            store.catalog.set_active(machine.id, name, layers[0].id)

@@ -45,5 +45,5 @@ def delete(store: StoreFiles, epochs: list[EpochRecord]) -> Deletion:
                     store.catalog.forget_epoch(epoch)
             points.hit("delete.forgotten")
             upkeep.redo_delete(store, under_way.record)
-        upkeep.tidy(store)
+        upkeep.try_tidy(store)
         return Deletion(ids, before - used_bytes(store))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,8 +13,9 @@ from typing import Any
 import blockcow
 from blockcow import Layer
 from epochs.catalog import DiskRecord, JournalRecord, MachineRecord
-from epochs.durable import make_directory, remove_tree
+from epochs.durable import make_directory, remove_tree, write_file
 from epochs.errors import Failed, HypervisorDied, Refused
+from epochs.processes import boot_id
 from epochs.protocol import upkeep
 from epochs.protocol.instances import open_monitor, state
 from epochs.protocol.journal import operation
@@ -38,7 +41,7 @@ def add(store: StoreFiles, name: str, spec: MachineSpec,
         sources = [(disk, _backend(store, disk), blockcow.probe(Path(disk.file), disk.format))
                    for disk in spec.disks]
         _refuse_shared_disks(store, sources)
-        accel = _accelerator(spec, qemu)
+        accel = _accelerator(store, spec, qemu)
         machine = MachineRecord(new_id(), name, _absolute(spec, sources), time.time(),
                                 binary.machine_type(qemu, MACHINE_ALIAS), "", accel, None)
         machine = replace(machine, mac=command.mac_address(machine.id))
@@ -100,15 +103,31 @@ def _absolute(spec: MachineSpec,
                                for disk, backend, source in sources))
 
 
-def _accelerator(spec: MachineSpec, qemu: binary.Qemu) -> str:
+def _accelerator(store: StoreFiles, spec: MachineSpec, qemu: binary.Qemu) -> str:
     if spec.accel == "tcg":
         return "tcg"
-    refusal = binary.kvm_refusal(qemu)
+    refusal = _kvm_refusal(store, qemu)
     if refusal is None:
         return "kvm"
     if spec.accel == "kvm":
         raise Refused(f"KVM does not work here: {refusal}; use --accel tcg")
     return "tcg"
+
+
+def _kvm_refusal(store: StoreFiles, qemu: binary.Qemu) -> str | None:
+    """The probe's outcome, remembered until the host boots anew or QEMU changes: where KVM does
+    not work it takes its full time limit to say so."""
+    memory = store.path / "kvm-probe.json"
+    key = [boot_id(), qemu.path, qemu.version, os.access("/dev/kvm", os.R_OK | os.W_OK)]
+    try:
+        known = json.loads(memory.read_text())
+        if known["key"] == key:
+            return None if known["refusal"] is None else str(known["refusal"])
+    except (FileNotFoundError, ValueError, KeyError):
+        pass  # not probed yet
+    refusal = binary.kvm_refusal(qemu)
+    write_file(memory, json.dumps({"key": key, "refusal": refusal}).encode())
+    return refusal
 
 
 def undo_add(store: StoreFiles, record: JournalRecord) -> None:

@@ -61,7 +61,7 @@ def recover(store: StoreFiles) -> list[Recovered]:
     if settled or _leftovers(store):
         with store.try_exclusive() as alone:
             if alone:
-                upkeep.tidy(store)
+                upkeep.try_tidy(store)
     return settled
 
 

@@ -11,11 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import memsave
-from blockcow import Layer, chains
+from blockcow import BlockError, Layer, chains
 from epochs import points
-from epochs.catalog import JournalRecord
+from epochs.catalog import JournalRecord, MachineRecord
 from epochs.durable import remove_tree
-from epochs.errors import HypervisorDied
+from epochs.errors import EpochsError, HypervisorDied
 from epochs.protocol.instances import open_monitor
 from epochs.protocol.journal import operation
 from epochs.qemu import command
@@ -72,13 +72,21 @@ def shorten_chains(store: StoreFiles, machine_id: str) -> None:
         merged = False
         while True:
             chain = store.catalog.chain(disk.active)[1:]
-            count = chains.links_to_merge(chain, store.catalog.wanted_layers())
-            if count is None:
+            plan = chains.plan([_link(layer) for layer in chain])
+            if plan is None:
                 break
-            consolidate(store, chain, count)
+            consolidate(store, chain, plan.count)
             merged = True
         if merged:
             _read_through(store, machine_id, disk.active)
+
+
+def try_shorten_chains(store: StoreFiles, machine: MachineRecord) -> None:
+    """The same where failing must not fail what was done already; the reason is told."""
+    try:
+        shorten_chains(store, machine.id)
+    except (BlockError, EpochsError, OSError) as error:
+        store.notice(f"the disk chains of machine '{machine.name}' stay long for now: {error}")
 
 
 def _read_through(store: StoreFiles, machine_id: str, active_id: str) -> None:
@@ -144,27 +152,41 @@ def merge_unwanted(store: StoreFiles) -> None:
     A layer with one frozen child is merged into it; one that several share, or that a running
     guest writes over, stays until that changes.
     """
-    while True:
-        rows = store.catalog.layers()
-        plan = chains.next_unwanted(rows, store.catalog.wanted_layers(),
-                                    store.catalog.active_layers())
-        if plan is None:
-            return
-        if plan.child is not None:
-            consolidate(store, store.catalog.chain(plan.child), 2)
-        drop_layers(store, [plan.layer])
+    while (step := _next_step(store)) is not None:
+        if isinstance(step, chains.Consolidation):
+            consolidate(store, store.catalog.chain(step.layer), step.count)
+        else:
+            drop_layers(store, [step.layer])
 
 
 def has_unwanted(store: StoreFiles) -> bool:
     """Whether :func:`merge_unwanted` would find something to do."""
-    return chains.next_unwanted(store.catalog.layers(), store.catalog.wanted_layers(),
-                                store.catalog.active_layers()) is not None
+    return _next_step(store) is not None
+
+
+def _next_step(store: StoreFiles) -> chains.Drop | chains.Consolidation | None:
+    wanted, active = store.catalog.wanted_layers(), store.catalog.active_layers()
+    return chains.unwanted([
+        chains.Link(layer.id, layer.backing, layer.level, layer.id in active, layer.id in wanted)
+        for layer in store.catalog.layers()])
+
+
+def _link(layer: Layer) -> chains.Link:
+    return chains.Link(layer.id, layer.backing, layer.level)
 
 
 def tidy(store: StoreFiles) -> None:
     """Everything that can be dropped or merged is (exclusive lock held)."""
     drop_packs(store)
     merge_unwanted(store)
+
+
+def try_tidy(store: StoreFiles) -> None:
+    """The same where failing must not stop the command that runs it; the reason is told."""
+    try:
+        tidy(store)
+    except (BlockError, EpochsError, OSError) as error:
+        store.notice(f"space of deleted epochs is not given back yet: {error}")
 
 
 # -- orphans -----------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def devices(spec: MachineSpec, mac: str) -> list[str]:
     return found
 
 
-def arguments(  # noqa: PLR0913 - these are the parts of one command line
+def arguments(
     spec: MachineSpec,
     *,
     name: str,

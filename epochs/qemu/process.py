@@ -73,7 +73,7 @@ def spawn(binary: str, directory: Path, arguments: Callable[[Sockets], list[str]
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory,
                 env={**os.environ, **environment}, start_new_session=True,
                 pass_fds=(*(sock.fileno() for sock in sockets), *pass_fds),
-                preexec_fn=yama.permission_to_grant())
+                preexec_fn=yama.permission_to_grant())  # noqa: PLW1509 - None unless Yama asks
     except OSError as error:
         raise Failed(f"QEMU cannot be started: {error}") from error
     finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from epochs.errors import Failed
@@ -24,7 +25,10 @@ GUARD = 4096
 
 @dataclass(frozen=True)
 class RamBlock:
-    """One writable block: bytes in use and its address in QEMU's process."""
+    """One writable block: bytes and its address in QEMU's process.
+
+    A resizable block (ACPI tables) counts with the size that it can grow to, which is also what is
+    mapped, so that a machine's memory layout never changes while it lives."""
 
     name: str
     size: int
@@ -66,7 +70,7 @@ def locate(monitor: Monitor, pid: int, main: str) -> list[RamBlock]:
     """All writable RAM blocks, the block ``main`` first, the others by name."""
     listed = parse_listing(monitor.human("info ramblock"))
     if all(block.address is not None for block in listed):
-        blocks = [RamBlock(b.name, _whole_pages(b), b.address or 0)
+        blocks = [RamBlock(b.name, _whole_total(b), b.address or 0)
                   for b in listed if b.writable]
     else:
         blocks = _from_mappings(monitor, pid, listed, main)
@@ -74,10 +78,6 @@ def locate(monitor: Monitor, pid: int, main: str) -> list[RamBlock]:
     if blocks[0].name != main:
         raise Failed(f"QEMU has no writable RAM block '{main}'")
     return blocks
-
-
-def _whole_pages(block: _Listed) -> int:
-    return -(-block.used // PAGE) * PAGE
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _mappings(pid: int) -> list[_Mapping]:
 def _from_mappings(monitor: Monitor, pid: int, listed: list[_Listed],
                    main: str) -> list[RamBlock]:
     maps = _mappings(pid)
-    guarded = [m for m, after in zip(maps, maps[1:], strict=False)
+    guarded = [m for m, after in pairwise(maps)
                if m.mode == "rw-p" and after.start == m.end and after.mode == "---p"
                and after.end - after.start >= GUARD]
     mapped = _guest_mapped(monitor)
@@ -109,7 +109,7 @@ def _from_mappings(monitor: Monitor, pid: int, listed: list[_Listed],
         wanted = [b for b in listed if b.name not in taken and _whole_total(b) == size]
         free = [m for m in guarded if m.end - m.start == size and m.start not in taken.values()]
         taken.update(_assign(pid, wanted, free, main))
-    return [RamBlock(b.name, _whole_pages(b), taken[b.name]) for b in listed
+    return [RamBlock(b.name, _whole_total(b), taken[b.name]) for b in listed
             if not _OPTION_ROM.match(b.name)]
 
 

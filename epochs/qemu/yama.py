@@ -8,14 +8,12 @@ between fork and exec, to accept its own user's processes (PR_SET_PTRACER_ANY ou
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 _SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 _PR_SET_PTRACER = 0x59616D61
-_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 
 def scope() -> int:
@@ -30,10 +28,12 @@ def permission_to_grant() -> Callable[[], None] | None:
     """What to run in the child before exec, or None if nothing is needed."""
     if scope() != 1 or os.geteuid() == 0:
         return None
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
 
     def grant() -> None:
-        if libc.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0) != 0:
+        if libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PTRACER)")
 
     return grant

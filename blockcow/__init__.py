@@ -26,7 +26,7 @@ from .interface import (
     SourceRefused,
 )
 
-BACKENDS = ("qcow2",)
+BACKENDS = ("qcow2", "reflink")
 
 
 def backend(name: str, directory: Path) -> Backend:
@@ -35,12 +35,16 @@ def backend(name: str, directory: Path) -> Backend:
         from .qcow2 import Qcow2Backend
 
         return Qcow2Backend(directory)
+    if name == "reflink":
+        from .reflink import ReflinkBackend
+
+        return ReflinkBackend(directory)
     raise BlockError(f"there is no disk backend {name!r}: choose one of {', '.join(BACKENDS)}")
 
 
 def choose(directory: Path) -> str:
-    """The best backend for a directory."""
-    return "qcow2"
+    """The best backend for a directory: ``reflink`` where its file system can, else ``qcow2``."""
+    return "reflink" if backend("reflink", directory).available() is None else "qcow2"
 
 
 __all__ = [

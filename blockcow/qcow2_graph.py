@@ -60,6 +60,11 @@ def active_options(path: Path, node: str, backing: str | None) -> JsonDict:
     return {**options, "file": _file(path, node, writable=True), "backing": backing}
 
 
+def raw_options(path: Path, node: str) -> JsonDict:
+    """Options of an active raw file, which needs nothing beneath it."""
+    return {**_format("raw", node, writable=True), "file": _file(path, node, writable=True)}
+
+
 def reopen_options(node: str, backing: str) -> JsonDict:
     """The same options for ``blockdev-reopen``, which resets whatever is not repeated and takes
     children by name only (qapi/block-core.json)."""

@@ -135,6 +135,8 @@ def read_overlay(path: Path) -> Overlay | None:
         magic, version, name_at, name_length, _, size, _, l1_entries, l1_at = fields[:9]
         if magic != MAGIC or version != 3 or name_length > NAME_MAX or l1_entries > MAX_SIZE >> 30:
             return None
+        if name_at + name_length > CLUSTER or l1_at > os.fstat(fd).st_size:
+            return None
         l1 = os.pread(fd, l1_entries * 8, l1_at)
         if len(l1) != l1_entries * 8:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -39,16 +38,15 @@ class Live:
             ]  # fmt: skip
             for options in blockdevs:
                 command += ["-blockdev", json.dumps(options)]
-            # qemu-io prints to standard output, by the line only if that is a terminal.
-            self.terminal, inner = os.openpty()
-            os.set_blocking(self.terminal, False)
+            # qemu-io prints to standard output; by the line, so that it is there when QMP answers
+            self.output = os.open(f"{self.folder}/stdout", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
             self.process = subprocess.Popen(
-                [*command, *extra],
+                ["stdbuf", "-oL", *command, *extra],
                 pass_fds=[listening.fileno()],
-                stdout=inner,
+                stdout=self.output,
                 stderr=subprocess.PIPE,
             )
-            os.close(inner)
+            self.said = 0
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.settimeout(60)
             self.socket.connect(address)
@@ -65,7 +63,8 @@ class Live:
 
     def execute(self, command: str, **arguments: object) -> Any:
         self.executed.append(command)
-        request = {"execute": command, "arguments": arguments}
+        number = f"{os.getpid()}-{len(self.executed)}"
+        request = {"execute": command, "arguments": arguments, "id": number}
         self.stream.write(json.dumps(request).encode() + b"\n")
         self.stream.flush()
         while True:
@@ -73,6 +72,8 @@ class Live:
             if not line:
                 raise QmpRefused("QEMU is gone")
             answer = json.loads(line)
+            if answer.get("id") != number:
+                continue  # an event, or the answer to a process that was killed
             if "return" in answer:
                 return answer["return"]
             if "error" in answer:
@@ -84,8 +85,9 @@ class Live:
     def io(self, node: str, line: str) -> str:
         """One qemu-io command on a node; raises if it failed."""
         said = self.execute("human-monitor-command", **{"command-line": f'qemu-io {node} "{line}"'})
-        with contextlib.suppress(BlockingIOError):
-            said += os.read(self.terminal, 65536).decode()
+        new = os.pread(self.output, 1 << 20, self.said)
+        self.said += len(new)
+        said += new.decode()
         if "failed" in said or (said.strip() and "ops" not in said):
             raise QmpRefused(said)
         return str(said)
@@ -104,7 +106,7 @@ class Live:
             return
         self.process.terminate()
         self.process.wait(30)
-        os.close(self.terminal)
+        os.close(self.output)
         self.stream.close()
         self.socket.close()
         assert self.process.stderr

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,18 +8,9 @@ from typing import Any
 
 import pytest
 from blockcow_qemu import MIB, Live
+from blockcow_support import need
 
 from blockcow import Backend, Layer, Source, backend
-
-
-def need(*programs: str) -> None:
-    """Skip where a program is missing, fail where everything must be there (CI)."""
-    for program in programs:
-        if shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None:
-            message = f"{program} is not installed"
-            if os.environ.get("CI"):
-                pytest.fail(message)
-            pytest.skip(message)
 
 
 @pytest.fixture(autouse=True, scope="session")

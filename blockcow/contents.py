@@ -1,17 +1,18 @@
 """What a layer's file holds: checksum, signature, and the check of both.
 
-The checksum is XXH3 (128 bit) over every 64 KiB block that is not all zero: its index as a
-little-endian u64, then its bytes (the last block may be short); at the end the file's length as a
-u64. A hole and written zeros thus say the same, and holes cost nothing: they are skipped with
-``SEEK_DATA`` where the file system has it. XXH3 finds damage, it does not withstand an attacker;
-whoever can write the layer directory owns the machine anyway.
+The checksum is the sum, modulo 2**128, of the XXH3 (128 bit, seeded with the block's index) of
+every 64 KiB block that is not all zero, and the file's length (the last block may be short). A
+hole and written zeros thus say the same, and holes cost nothing: they are skipped with
+``SEEK_DATA`` where the file system has it. Being a sum it can be carried from a file to a copy of
+it of which only some blocks changed: :func:`changed_checksum`. XXH3 finds damage, it does not
+withstand an attacker; whoever can write the layer directory owns the machine anyway.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -44,7 +45,8 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def checksum(path: Path, progress: Progress | None = None) -> str:
-    """The checksum of a file or block device as ``xxh3:`` and 32 hexadecimal digits."""
+    """The checksum of a file or block device as ``xxh3:SUM:LENGTH``, 32 hexadecimal
+    digits and a decimal number."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return checksum_fd(fd, progress)
@@ -54,10 +56,9 @@ def checksum(path: Path, progress: Progress | None = None) -> str:
 
 def checksum_fd(fd: int, progress: Progress | None = None) -> str:
     """:func:`checksum` of an open file."""
-    digest = xxhash.xxh3_128()
+    total = 0
     size = os.lseek(fd, 0, os.SEEK_END)
     buffer = memoryview(bytearray(CHUNK))
-    zeros = bytes(BLOCK)
     position = 0
     for start, end in data_extents(fd, size):
         begin = max(position, start // BLOCK * BLOCK)
@@ -67,15 +68,48 @@ def checksum_fd(fd: int, progress: Progress | None = None) -> str:
             _read_exactly(fd, buffer[:wanted], begin)
             for at in range(0, wanted, BLOCK):
                 block = buffer[at : min(at + BLOCK, wanted)]
-                if block != zeros[: len(block)]:
-                    digest.update(((begin + at) // BLOCK).to_bytes(8, "little"))
-                    digest.update(block)
+                total += _block_sum(block, (begin + at) // BLOCK)
             begin += wanted
             if progress is not None:
                 progress(wanted)
         position = max(position, stop)
-    digest.update(size.to_bytes(8, "little"))
-    return "xxh3:" + digest.hexdigest()
+    return _text(total, size)
+
+
+_ZEROS = bytes(BLOCK)
+
+
+def _block_sum(block: memoryview, index: int) -> int:
+    if block == _ZEROS[: len(block)]:
+        return 0
+    return xxhash.xxh3_128_intdigest(block, index)
+
+
+def _text(total: int, size: int) -> str:
+    return f"xxh3:{total % (1 << 128):032x}:{size}"
+
+
+def changed_checksum(
+    known: str, old: int, new: int, ranges: Iterable[tuple[int, int]], progress: Progress | None
+) -> str:
+    """The checksum of the file ``new`` (a descriptor, as ``old``), which has the length of ``old``
+    and differs from it at most in ``ranges`` (sorted); ``known`` is that of ``old``. Reads only
+    the blocks that the ranges touch."""
+    size = os.lseek(new, 0, os.SEEK_END)
+    total = int(known.split(":")[1], 16)
+    buffer = memoryview(bytearray(BLOCK))
+    position = 0
+    for start, length in ranges:
+        first = max(position, start // BLOCK)
+        position = max(position, -(-min(start + length, size) // BLOCK))
+        for index in range(first, position):
+            block = buffer[: min(BLOCK, size - index * BLOCK)]
+            for fd, sign in ((new, 1), (old, -1)):
+                _read_exactly(fd, block, index * BLOCK)
+                total += sign * _block_sum(block, index)
+            if progress is not None:
+                progress(len(block))
+    return _text(total, size)
 
 
 def _read_exactly(fd: int, buffer: memoryview, offset: int) -> None:

@@ -4,16 +4,18 @@ Documentation/filesystems/fiemap.rst."""
 from __future__ import annotations
 
 import fcntl
+import itertools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FS_IOC_FIEMAP = 0xC020660B
 _HEAD = struct.Struct("QQIIII")
 _EXTENT = struct.Struct("QQQQQIIII")
 _SYNC, _LAST = 1, 1
-_NO_PLACE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
+_NO_PLACE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
 """Flags of an extent whose physical place proves nothing: unknown, delayed, encoded, encrypted,
-not aligned, inline, tail."""
+not aligned, inline, tail, unwritten."""
 
 _AT_ONCE = 512
 
@@ -30,8 +32,7 @@ class Extent:
 
 
 def extents(fd: int, size: int) -> list[Extent]:
-    """All extents of a file, cut at 1 MiB so that two files' can be compared one by one however
-    the file system split them; dirty data is written out first. Raises OSError."""
+    """All extents of a file in order; dirty data is written out first. Raises OSError."""
     found: list[Extent] = []
     start = 0
     while start < size:
@@ -45,21 +46,45 @@ def extents(fd: int, size: int) -> list[Extent]:
         for number in range(mapped):
             fields = _EXTENT.unpack_from(request, _HEAD.size + number * _EXTENT.size)
             logical, physical, length, flags = fields[0], fields[1], fields[2], fields[5]
-            found += _cut(logical, physical, length, not flags & _NO_PLACE)
+            found.append(Extent(logical, physical, length, not flags & _NO_PLACE))
             start, last = logical + length, bool(flags & _LAST)
         if last:
             break
     return found
 
 
-_CUT = 1 << 20
+def unshared(one: Sequence[Extent], other: Sequence[Extent]) -> list[tuple[int, int]]:
+    """Ranges ``(offset, length)`` in which two files may differ: all but holes in both, and
+    bytes that lie at the same physical place."""
+    found = []
+    ends = [end for e in (*one, *other) for end in (e.logical, e.logical + e.length)]
+    points = sorted(set(ends))
+    left, right = _Cursor(one), _Cursor(other)
+    for start, end in itertools.pairwise(points):
+        a, b = left.at(start), right.at(start)
+        if a is None and b is None:
+            continue
+        if (
+            a is not None
+            and b is not None
+            and (a.comparable and b.comparable)
+            and a.physical - a.logical == b.physical - b.logical
+        ):
+            continue
+        found.append((start, end - start))
+    return found
 
 
-def _cut(logical: int, physical: int, length: int, comparable: bool) -> list[Extent]:
-    pieces = []
-    end = logical + length
-    while logical < end:
-        step = min(end, (logical // _CUT + 1) * _CUT) - logical
-        pieces.append(Extent(logical, physical, step, comparable))
-        logical, physical = logical + step, physical + step
-    return pieces
+class _Cursor:
+    """The extent that covers a position, for positions that only grow."""
+
+    def __init__(self, extents: Sequence[Extent]) -> None:
+        self._extents, self._number = extents, 0
+
+    def at(self, position: int) -> Extent | None:
+        while self._number < len(self._extents):
+            extent = self._extents[self._number]
+            if position < extent.logical + extent.length:
+                return extent if position >= extent.logical else None
+            self._number += 1
+        return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import stat
 import tempfile
@@ -20,10 +21,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .contents import BLOCK, Progress, data_extents, sealed, sync_data, sync_file
+from .contents import (
+    BLOCK,
+    Progress,
+    changed_checksum,
+    data_extents,
+    sealed,
+    signature,
+    sync_data,
+    sync_file,
+)
 from .damage import checked
 from .difference import compare, union
-from .fiemap import Extent, extents
+from .fiemap import extents, unshared
 from .interface import (
     BlockError,
     Chain,
@@ -55,12 +65,52 @@ def raw_file(layer_id: str) -> str:
 
 def files(directory: Path, layer_id: str) -> list[Path]:
     name = raw_file(layer_id)
-    return [directory / name, directory / f"{name}.tmp"]
+    return [directory / name, directory / f"{name}.tmp", _reference(directory / name)]
 
 
 def _remove(directory: Path, layer_id: str) -> None:
     for path in files(directory, layer_id):
         path.unlink(missing_ok=True)
+
+
+def _reference(path: Path) -> Path:
+    return path.with_name(path.name + ".ref")
+
+
+def _refer(active: Path, frozen: Layer) -> None:
+    """Note beside an active file the frozen layer it shares most with. Only a hint that saves
+    reading: it may be lost, old, or name a layer that is gone."""
+    hint = {"file": frozen.file, "checksum": frozen.checksum, "signature": frozen.signature}
+    write = os.open(
+        _reference(active), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
+        0o600,
+    )  # fmt: skip
+    try:
+        os.write(write, json.dumps(hint).encode())
+    finally:
+        os.close(write)
+
+
+def _sealed_by_change(
+    copy: Path, active: Path, progress: Progress | None
+) -> tuple[str, str] | None:
+    """Checksum and signature of a durable ``copy`` from those of the layer that ``active`` refers
+    to, reading only what the two do not share; None if that layer cannot be relied on."""
+    try:
+        hint = json.loads(_reference(active).read_bytes()[:4096])
+        known = copy.with_name(hint["file"])
+        if not hint["checksum"] or signature(known) != hint["signature"]:
+            return None
+        with known.open("rb") as old, copy.open("rb") as new:
+            size = os.fstat(new.fileno()).st_size
+            if os.fstat(old.fileno()).st_size != size:
+                return None
+            seen = signature(copy)
+            ranges = unshared(extents(old.fileno(), size), extents(new.fileno(), size))
+            total = changed_checksum(hint["checksum"], old.fileno(), new.fileno(), ranges, progress)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return total, seen
 
 
 def _new_file(path: Path) -> int:
@@ -175,6 +225,7 @@ class ReflinkBackend:
             raise LayerDamaged(f"layer {below.id} ({path}) is missing", below.id, path) from error
         except OSError as error:
             raise BlockError(f"layer {below.id} was not cloned: {error.strerror}") from error
+        _refer(self.directory / layer.file, below)
         return layer
 
     def blockdev(self, chain: Chain, node: str) -> list[JsonDict]:
@@ -221,10 +272,10 @@ class ReflinkBackend:
                 fds.append(os.open(self.directory / layer.file, os.O_RDONLY | os.O_CLOEXEC))
                 stack.callback(os.close, fds[-1])
             one, other = fds
-            unshared = _unshared(extents(one, a[0].size), extents(other, b[0].size))
+            ranges = unshared(extents(one, a[0].size), extents(other, b[0].size))
             return Difference(
                 compare(
-                    union(unshared, a[0].size),
+                    union(ranges, a[0].size),
                     lambda offset, length: _read(one, offset, length),
                     lambda offset, length: _read(other, offset, length),
                 )
@@ -272,17 +323,6 @@ def _read(fd: int, offset: int, length: int) -> bytes:
         pieces.append(piece)
         offset, length = offset + len(piece), length - len(piece)
     return b"".join(pieces)
-
-
-def _unshared(one: Sequence[Extent], other: Sequence[Extent]) -> list[tuple[int, int]]:
-    """Ranges that are not at the same physical place in both files."""
-    places = {(e.logical, e.physical, e.length) for e in one if e.comparable}
-    same = places & {(e.logical, e.physical, e.length) for e in other if e.comparable}
-    return [
-        (e.logical, e.length)
-        for e in (*one, *other)
-        if (e.logical, e.physical, e.length) not in same
-    ]
 
 
 class ReflinkFreeze:
@@ -337,10 +377,13 @@ class ReflinkFreeze:
         outcome = []
         for part, _ in self._parts:
             path = self._directory / raw_file(part.new_id)
-            digest, seen = sealed(path, progress)
+            active = self._directory / part.active.file
+            sync_file(path)
+            digest, seen = _sealed_by_change(path, active, progress) or sealed(path, progress)
             frozen = Layer(
                 part.new_id, "reflink", "raw", path.name, part.active.size, None, digest, seen
             )
+            _refer(active, frozen)
             outcome.append(Frozen(part.disk, frozen, part.active))
         if self._parts:
             sync_file(self._directory)

@@ -28,15 +28,16 @@ def checked_id(layer_id: str) -> str:
     return layer_id
 
 
-def frozen_node(layer_id: str, path: Path) -> str:
-    """Node name of a frozen layer: the same for the same file, another for its replacement.
+def frozen_node(layer_id: str, path: Path, backing: str | None = None) -> str:
+    """Node name of a frozen layer: the same for the same file over the same node ``backing``.
 
-    The file's device and inode are part of it. A layer that was promoted (renamed over) can so be
-    opened beside its old file, and one that is open already is found again by its name. While a
-    hypervisor holds the old file its inode number cannot be given to another.
+    The file's device and inode are part of it, and so is all that lies beneath. A layer that was
+    promoted (renamed over) can so be opened beside its old file, with what rests on it, and one
+    that is open already is found again by its name. While a hypervisor holds the old file its
+    inode number cannot be given to another.
     """
     seen = path.stat()
-    text = f"{layer_id}\0{path}\0{seen.st_dev}\0{seen.st_ino}"
+    text = f"{layer_id}\0{path}\0{seen.st_dev}\0{seen.st_ino}\0{backing}"
     return f"l.{layer_id[:12]}.{hashlib.blake2s(text.encode()).hexdigest()[:12]}"
 
 

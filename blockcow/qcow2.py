@@ -28,7 +28,7 @@ from .interface import (
     LiveBlocks,
     Source,
 )
-from .names import checked_id, frozen_node, in_directory
+from .names import checked_id, in_directory
 from .qcow2_freeze import Qcow2Freeze, files, overlay_layer, recover, remove
 from .qcow2_graph import (
     active_options,
@@ -143,7 +143,8 @@ class Qcow2Backend:
 
     def rebacking(self, live: LiveBlocks, active: Layer, node: str, chain: Chain) -> None:
         """``chain`` begins with the frozen layer under ``active``. Files that are open already
-        keep their nodes. Killed in between, call it again: the guest reads the same all along."""
+        keep their nodes. Killed in between, call it again: the guest reads the same all along (at
+        worst the old nodes stay open, read-only, until the process ends)."""
         if not chain or active.backing != chain[0].id:
             raise BlockError(f"the chain does not begin with what lies under layer {active.id}")
         opened: list[str] = []
@@ -167,13 +168,11 @@ class Qcow2Backend:
         nodes = open_nodes(live)
         below: str | None = None
         for layer in reversed(chain):
-            name = frozen_node(layer.id, in_directory(self.directory, layer.file))
-            if name in nodes and (below is None or backing_nodes(live, name)[:1] == [below]):
-                below = name
-                continue
             options = frozen_options(self.directory, layer, below)
-            live.execute("blockdev-add", **options)
-            opened.append(name)
+            name: str = options["node-name"]
+            if name not in nodes:
+                live.execute("blockdev-add", **options)
+                opened.append(name)
             below = name
         assert below is not None
         return below

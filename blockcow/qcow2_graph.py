@@ -78,7 +78,7 @@ def reopen_options(node: str, backing: str) -> JsonDict:
 def frozen_options(directory: Path, layer: Layer, backing: str | None) -> JsonDict:
     """Options of a frozen layer (or of a user's base), named after its file."""
     path = in_directory(directory, layer.file)
-    node = frozen_node(layer.id, path)
+    node = frozen_node(layer.id, path, backing)
     options = {
         **_format(layer.format, node, writable=False),
         "file": _file(path, node, writable=False),

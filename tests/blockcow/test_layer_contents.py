@@ -135,6 +135,7 @@ def test_node_names_fit_and_follow_the_file(tmp_path: Path) -> None:
     path.write_text("1")
     first = frozen_node("x" * 100, path)
     assert first == frozen_node("x" * 100, path)
+    assert frozen_node("x" * 100, path, "below") != first
     assert len(file_node(first)) <= NODE_NAME_MAX and len(file_node("n" * 31)) <= NODE_NAME_MAX
     other = tmp_path / "g"
     other.write_text("2")

@@ -259,6 +259,29 @@ def test_rebacking_with_an_iothread_and_a_device(
     assert len(backing_nodes(live, "n2")) == 2
 
 
+def test_rebacking_when_a_layer_in_the_middle_was_replaced(
+    machine: Machine, disks: Backend, layers: Path
+) -> None:
+    """The layers above it are open already, over its old file."""
+    ids = []
+    for number in range(5):
+        machine.write(number * MIB, 8192, number + 1)
+        ids.append(machine.freeze())
+    machine.live.close()
+    machine.layers.pop(machine.active)
+    machine.boot(ids[-1])
+    machine.write(0, 4096, 77)
+    machine.merge(ids[2], 2)
+    disks.rebacking(machine.live, *_again(machine))
+    del machine.images[ids[1]], machine.images[ids[0]]
+    machine.verify(layers)
+
+
+def _again(machine: Machine) -> tuple[Layer, str, list[Layer]]:
+    active, *below = machine.chain(machine.active)
+    return active, machine.node, below
+
+
 def test_rebacking_that_fails_leaves_the_graph_as_it_was(
     machine: Machine, disks: Backend, adopted: Layer
 ) -> None:

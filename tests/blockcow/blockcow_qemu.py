@@ -58,7 +58,9 @@ class Live:
         except (OSError, QmpRefused):
             self.process.kill()
             assert self.process.stderr
-            raise QmpRefused(self.process.stderr.read().decode()) from None
+            words = self.process.stderr.read().decode()
+            self.close()
+            raise QmpRefused(words) from None
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: object) -> Any:

@@ -115,7 +115,9 @@ def copy_sparse(source: Path, target: Path) -> None:
     with contextlib.ExitStack() as stack:
         read = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, read)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        # A new inode always: the qemu-img of a killed process may still write to the old one.
+        target.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         write = os.open(target, flags, 0o600)
         stack.callback(os.close, write)
         try:

@@ -320,8 +320,11 @@ class Catalog:
               "map_checksum, state_checksum, state_size, thumbnail, stats, damaged")
 
     def _epoch(self, row: Any) -> EpochRecord:
-        return EpochRecord(*row[:6], MachineSpec.from_json(row[6]), json.loads(row[7]), row[8],
-                           row[9], row[10], bool(row[11]), json.loads(row[12]), row[13])
+        return EpochRecord(
+            id=row[0], machine=row[1], machine_name=row[2], parent=row[3], created=row[4],
+            message=row[5], spec=MachineSpec.from_json(row[6]), compatibility=json.loads(row[7]),
+            map_checksum=row[8], state_checksum=row[9], state_size=row[10],
+            thumbnail=bool(row[11]), stats=json.loads(row[12]), damaged=row[13])
 
     def epochs(self) -> list[EpochRecord]:
         """All epochs, oldest first."""

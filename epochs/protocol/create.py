@@ -122,12 +122,14 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
     thumbnail = _thumbnail(work)
     with memsave.PackStore(store.packs_dir) as packs, \
             memsave.GuestMemory(work.instance.process.pid, layout, addresses) as guest:
-        with guest.capture(trusted=work.instance.trusted) as capture:
+        with guest.capture(work.instance.trusted, store.packs_dir) as capture:
             # From here on a failure may leave pages write-protected that no epoch has: only the
             # commit below makes the tracking credible again.
             with store.catalog.transaction():
                 store.catalog.distrust(work.instance.id)
-            if running:
+            if running and not work.machine.spec.extra:
+                # Devices of the user's own might write into guest memory behind the kernel's back
+                # (pinned pages); all of ours go through the page tables.
                 capture.precopy()
             _check_space(work, capture.precopied_pages, first=base.flat is None)
             tickets = _prepare_disks(work)

@@ -51,7 +51,6 @@ class Monitor:
     def __init__(self, sock: socket.socket) -> None:
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("epochs")
-        self._events: EventListener | None = None
         try:
             self._run(self._client.connect(sock))
         except BaseException:
@@ -98,16 +97,13 @@ class Monitor:
 
     def run_job(self, command: str, job_id: str, **arguments: object) -> None:
         """Start a job, wait for its end by events, dismiss it; raises Failed with its error."""
-        with EventListener({"JOB_STATUS_CHANGE"}) as events:
-            self._client.register_listener(events)
-            try:
-                self.execute(command, job_id=job_id, **arguments)
-                while True:
-                    event: Any = self._run(events.get())
-                    if event["data"] == {"id": job_id, "status": "concluded"}:
-                        break
-            finally:
-                self._client.remove_listener(events)
+        events = self.listen("JOB_STATUS_CHANGE")
+        try:
+            self.execute(command, job_id=job_id, **arguments)
+            while self.wait_event(events)["data"] != {"id": job_id, "status": "concluded"}:
+                pass
+        finally:
+            self.forget(events)
         job = next(j for j in self.execute("query-jobs") if j["id"] == job_id)
         self.execute("job-dismiss", id=job_id)
         if "error" in job:

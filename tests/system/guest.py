@@ -1,0 +1,145 @@
+"""A real guest under test: waiting for its console, talking to its witness, checking its disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
+
+CTL = "/bin/witness-ctl"
+BOOT_LIMIT = 60.0  # seconds; a loaded machine boots the tiny guest in well under 20
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """What scripts/guests built: kernel, initramfs, command line, disk images."""
+
+    directory: Path
+
+    def spec(self, *, memory: int = 128 * 2**20, vga: bool = False, cpus: int = 1,
+             disks: tuple[str, ...] = ("a", "b"), backend: str | None = None) -> MachineSpec:
+        return MachineSpec(
+            memory=memory, cpus=cpus, vga=vga, accel="tcg",
+            disks=tuple(DiskSpec(name, str(self.directory / f"{name}.img"), "raw", backend)
+                        for name in disks),
+            kernel=str(self.directory / "vmlinuz"), initrd=str(self.directory / "initrd"),
+            append=(self.directory / "append").read_text().strip())
+
+
+class WitnessFailed(AssertionError):
+    """The witness inside the guest saw memory and disk disagree, or does not answer."""
+
+
+def wait_console(machine: Machine, text: str, since: int = 0, limit: float = BOOT_LIMIT) -> None:
+    """Wait until the console log holds ``text`` after byte ``since``.
+
+    The log is a plain file that QEMU appends to; inotify through a poll of its size would tell no
+    more than reading it does, so this reads in short steps and fails with what was said."""
+    deadline = time.monotonic() + limit
+    while text.encode() not in (said := machine.console_log.read_bytes()[since:]):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{machine.name} did not say {text!r} within {limit:.0f} s; it "
+                                 f"said …{said[-400:]!r}")
+        select.select([], [], [], 0.02)
+
+
+def ctl(machine: Machine, *words: str) -> str:
+    """Ask the witness something; returns its answer."""
+    done = machine.exec([CTL, *words], timeout=60)
+    answer = (done.stdout + done.stderr).decode().strip()
+    if done.status != 0:
+        raise WitnessFailed(f"{machine.name}: witness-ctl {' '.join(words)}: {answer}")
+    return answer
+
+
+def witness_count(machine: Machine) -> int:
+    """The witness' sequence number; WitnessFailed if it reports a mismatch."""
+    answer = ctl(machine, "status")
+    match = re.match(r"OK (\d+)", answer)
+    if not match:
+        raise WitnessFailed(f"{machine.name}: {answer}")
+    return int(match[1])
+
+
+def wait_witness(machine: Machine, beyond: int, limit: float = 30.0) -> int:
+    """Wait until the witness got beyond a number with everything compared well."""
+    deadline = time.monotonic() + limit
+    while (count := witness_count(machine)) <= beyond:
+        if time.monotonic() > deadline:
+            raise WitnessFailed(f"{machine.name}: the witness stands still at {count}")
+    return count
+
+
+def check_disks(store: Store, epoch: Epoch, scratch: Path) -> None:
+    """e2fsck -fn on every disk of an epoch, after journal replay, on throw-away copies."""
+    for disk, layer in epoch.disks.items():
+        chain = store.files.catalog.chain(layer)
+        copy = scratch / f"{epoch.id[:12]}-{disk}.raw"
+        top = chain[0]
+        source = top.file if top.file.startswith("/") else str(store.files.layers_dir / top.file)
+        subprocess.run(["qemu-img", "convert", "-U", "-f", top.format, "-O", "raw", source,
+                        str(copy)], check=True, capture_output=True)
+        replay = subprocess.run(["e2fsck", "-E", "journal_only", "-y", str(copy)],
+                                capture_output=True, text=True, check=False)
+        assert replay.returncode in (0, 1), replay.stdout + replay.stderr
+        checked = subprocess.run(["e2fsck", "-fn", str(copy)], capture_output=True, text=True,
+                                 check=False)
+        copy.unlink()
+        assert checked.returncode == 0, (
+            f"epoch {epoch.id[:12]} disk {disk}: {checked.stdout}{checked.stderr}")
+
+
+def processes_in(directory: Path) -> list[int]:
+    """Pids of processes whose working directory lies below ``directory``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if (entry / "cwd").readlink().is_relative_to(directory):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def assert_tidy(store: Store) -> None:
+    """Invariant 1: nothing in the store that the catalog does not name, no process astray, no
+    journal row left."""
+    from epochs.protocol import upkeep
+
+    assert store.files.catalog.journal() == []
+    assert upkeep.orphans(store.files) == []
+    known = {i.process.pid for i in store.files.catalog.instances() if i.process.alive()}
+    assert set(processes_in(store.files.path / "instances")) == known
+    blocks = {layer.id for layer in store.files.catalog.layers()}
+    for epoch in store.epochs():
+        assert set(epoch.disks.values()) <= blocks
+
+
+def run_cli(store: Path, *arguments: str, fault: str | None = None,
+            check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m epochs`` as a user would, optionally with a fault injected."""
+    import sys
+
+    environment = {**os.environ, "EPOCHS_STORE": str(store), **more}
+    environment.pop("EPOCHS_FAULT", None)
+    if fault:
+        environment["EPOCHS_FAULT"] = fault
+    return subprocess.run([sys.executable, "-m", "epochs", *arguments], env=environment,
+                          capture_output=True, text=True, check=check, timeout=300)
+
+
+def cli_json(store: Path, *arguments: str) -> object:
+    """Run a command with --json and return its document."""
+    return json.loads(run_cli(store, "--json", *arguments).stdout)
+
+
+__all__ = ["Artefacts", "WitnessFailed", "assert_tidy", "check_disks", "cli_json",
+           "ctl", "processes_in", "run_cli", "wait_console", "wait_witness", "witness_count"]

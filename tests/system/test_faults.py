@@ -1,0 +1,151 @@
+"""Killed anywhere: the command gets SIGKILL at every named point, then `recover` and all
+invariants. The same points once more with a failure instead of a kill."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from epochs import Machine, Store
+from epochs.points import ALL, POINTS
+
+from .guest import assert_tidy, check_disks, cli_json, ctl, run_cli, wait_witness
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
+Boot = Callable[..., Machine]
+
+CREATE = [*POINTS["create"]]
+LAUNCH = [*POINTS["launch"]]
+
+
+def prepared(boot: Boot) -> tuple[Machine, str, int]:
+    """A running machine with one epoch, nonce "sealed" in it and "present" now."""
+    web = boot()
+    ctl(web, "nonce", "set", "sealed")
+    first = web.create(tags=["first"])
+    ctl(web, "nonce", "set", "present")
+    return web, first.id, wait_witness(web, 0)
+
+
+def struck(store: Store, point: str, action: str, *command: str) -> None:
+    """Run a command that is killed (or fails) at a point; it must have got there."""
+    done = run_cli(store.files.path, *command, fault=f"{point}:{action}", check=False)
+    if action == "kill":
+        assert done.returncode == -signal.SIGKILL, (point, done.returncode, done.stderr)
+    else:
+        assert done.returncode == 5, (point, done.returncode, done.stderr)
+        assert "fault injected" in done.stderr
+
+
+def settled(store: Store, point: str) -> None:
+    """`recover` settles it, a second one finds nothing, and nothing is left astray."""
+    run_cli(store.files.path, "recover")
+    assert cli_json(store.files.path, "recover")["recovered"] == []  # type: ignore[index]
+    assert_tidy(store)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("action", ["kill", "fail"])
+def test_create(store: Store, boot: Boot, tmp_path: Path, action: str) -> None:
+    web, first, count = prepared(boot)
+    for point in CREATE:
+        before = {epoch.id for epoch in store.epochs()}
+        struck(store, point, action, "create", "web")
+        settled(store, point)
+        made = {epoch.id for epoch in store.epochs()} - before
+        assert len(made) == (1 if point == "create.committed" else 0), point
+        assert web.status()["state"] == "running", point
+        assert ctl(web, "nonce", "get") == "present", point
+        count = wait_witness(web, count)
+        after = web.create(f"after {point}")
+        assert store.verify([after]) == [], point
+        check_disks(store, after, tmp_path)
+        with store.fork(after, "probe") as probe:
+            assert ctl(probe, "nonce", "get") == "present", point
+            wait_witness(probe, count)
+    assert store.verify() == []
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("action", ["kill", "fail"])
+def test_rollback(store: Store, boot: Boot, action: str) -> None:
+    web, first, count = prepared(boot)
+    for point in ("rollback.intended", *LAUNCH, *POINTS["rollback"][1:]):
+        struck(store, point, action, "rollback", "web", "web@first", "--discard")
+        settled(store, point)
+        switched = point in ("rollback.switched", "rollback.old-gone", "rollback.resumed")
+        assert web.status()["state"] == "running", point
+        assert ctl(web, "nonce", "get") == ("sealed" if switched else "present"), point
+        wait_witness(web, 0)
+        ctl(web, "nonce", "set", "present")
+        if not switched:
+            count = wait_witness(web, count)
+    web.rollback(first, keep=False)
+    assert ctl(web, "nonce", "get") == "sealed"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("action", ["kill", "fail"])
+def test_fork(store: Store, boot: Boot, action: str) -> None:
+    web, first, count = prepared(boot)
+    for point in ("fork.intended", *LAUNCH, *POINTS["fork"][1:]):
+        struck(store, point, action, "fork", "web@first", "trial")
+        settled(store, point)
+        names = {machine.name for machine in store.machines()}
+        if point in ("fork.committed", "fork.resumed"):
+            assert names == {"web", "trial"}, point
+            trial = store.machine("trial")
+            assert trial.status()["state"] == "running", point
+            assert ctl(trial, "nonce", "get") == "sealed", point
+            wait_witness(trial, 0)
+            trial.remove(force=True)
+        else:
+            assert names == {"web"}, point
+        assert ctl(web, "nonce", "get") == "present", point
+        count = wait_witness(web, count)
+
+
+@pytest.mark.timeout(1800)
+def test_delete(store: Store, boot: Boot, tmp_path: Path) -> None:
+    """In the middle of the graph, with the layers merged afterwards."""
+    web, first, count = prepared(boot)
+    for point in (*POINTS["delete"], *POINTS["consolidate"]):
+        middle = web.create()
+        wait_witness(web, wait_witness(web, 0) + 20)
+        last = web.create()
+        struck(store, point, "kill", "delete", middle.id)
+        settled(store, point)
+        left = {epoch.id for epoch in store.epochs()}
+        assert middle.id not in left, point
+        assert {first, last.id} <= left, point
+        assert store.verify() == [], point
+        check_disks(store, store.epoch(last.id), tmp_path)
+        with store.fork(last, "probe") as probe:
+            assert ctl(probe, "nonce", "get") == "present", point
+            wait_witness(probe, 0)
+        count = wait_witness(web, count)
+
+
+@pytest.mark.timeout(900)
+def test_start(store: Store, boot: Boot) -> None:
+    web, first, _ = prepared(boot)
+    for point in (*POINTS["start"], "launch.spawned", "launch.disks-cloned"):
+        web.stop(kill=True)
+        struck(store, point, "kill", "start", "web")
+        settled(store, point)
+        committed = point == "start.committed"
+        assert web.status()["state"] == ("running" if committed else "off"), point
+        if not committed:
+            web.start()
+    web.wait_agent()
+    wait_witness(web, 0)
+
+
+def test_every_point_is_visited_by_a_sweep() -> None:
+    """A new point must be added to a sweep above."""
+    visited = {*CREATE, *LAUNCH, *POINTS["rollback"], *POINTS["fork"], *POINTS["delete"],
+               *POINTS["consolidate"], *POINTS["start"]}
+    assert visited == ALL

@@ -1,0 +1,145 @@
+"""The main story on a real guest, on every supported QEMU: create, rollback, fork, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from epochs import Machine, Store
+from epochs.errors import Incompatible, Refused
+
+from .guest import Artefacts, WitnessFailed, check_disks, ctl, wait_console, wait_witness
+
+pytestmark = pytest.mark.guest
+Boot = Callable[..., Machine]
+
+
+def test_memory_and_disks_come_back_as_one(any_qemu: str, store: Store, boot: Boot,
+                                           tmp_path: Path) -> None:
+    web = boot()
+    ctl(web, "nonce", "set", "before")
+    before = web.create("before the upgrade", tags=["before"])
+    count = wait_witness(web, 0)
+    ctl(web, "nonce", "set", "after")
+    wait_witness(web, count + 50)
+    done = web.rollback("web@before", keep=True)
+    assert ctl(web, "nonce", "get") == "before", "resumed, not rebooted"
+    wait_witness(web, count)
+    kept = store.epoch(done["kept"])
+    assert kept.parent == before.id
+    trials = store.fork_many(kept, ["trial-1", "trial-2"])
+    for trial in trials:
+        assert ctl(trial, "nonce", "get") == "after"
+        ctl(trial, "nonce", "set", trial.name)
+    for trial in trials:
+        assert ctl(trial, "nonce", "get") == trial.name, "forks share nothing that they change"
+        wait_witness(trial, 0)
+    assert ctl(web, "nonce", "get") == "before"
+    for epoch in store.epochs():
+        check_disks(store, epoch, tmp_path)
+    assert store.verify() == []
+    store.delete([before])
+    assert ctl(web, "nonce", "get") == "before"
+    wait_witness(web, count)
+    assert store.verify() == []
+    check_disks(store, store.epoch(kept.id), tmp_path)
+
+
+def test_the_witness_sees_memory_over_another_epoch_s_disk(any_qemu: str, store: Store,
+                                                           boot: Boot) -> None:
+    """Negative control: the check that the other tests rely on can fail."""
+    web = boot()
+    first = web.create()
+    wait_witness(web, 200)
+    second = web.create()
+    for memory, disk in ((first, second), (second, first)):
+        mixed = replace(memory.record, id=memory.id)
+        original = store.files.catalog.epoch_layers
+
+        def swapped(epoch_id: str, *, wrong: str = disk.id) -> dict[str, str]:
+            layers = original(epoch_id)
+            return {**layers, "b": original(wrong)["b"]}
+
+        store.files.catalog.epoch_layers = swapped  # type: ignore[method-assign]
+        try:
+            from epochs.protocol import switch
+
+            (record,) = switch.fork(store.files, mixed, ["mixed"])
+        finally:
+            store.files.catalog.epoch_layers = original  # type: ignore[method-assign]
+        broken = store.machine(record.name)
+        with pytest.raises(WitnessFailed, match="MISMATCH"):
+            for beyond in range(0, 10**6, 100):
+                wait_witness(broken, beyond)
+        broken.remove(force=True)
+    wait_witness(web, 200)
+
+
+def test_a_stopped_machine_boots_from_its_present_disks(store: Store, boot: Boot) -> None:
+    web = boot()
+    web.create()
+    count = wait_witness(web, 300)
+    said = web.console_log.stat().st_size
+    web.stop()
+    assert web.status()["state"] == "off"
+    with pytest.raises(Refused, match="is off"):
+        web.create()
+    with pytest.raises(Refused, match="--discard"):
+        web.rollback()
+    assert web.start() == "started"
+    wait_console(web, "TINY READY", since=said)
+    assert wait_witness(web, 0) >= count - 200, "the witness adopted what its disks hold"
+    web.create("after a reboot")
+    web.rollback(keep=False)
+    wait_witness(web, 0)
+
+
+def test_a_paused_machine_stays_paused(store: Store, boot: Boot) -> None:
+    web = boot()
+    web.pause()
+    epoch = web.create()
+    assert web.status()["state"] == "paused"
+    web.rollback(epoch, keep=False)
+    assert web.status()["state"] == "paused"
+    fork = store.fork(epoch, "held", paused=True)
+    assert fork.status()["state"] == "paused"
+    assert web.start() == "resumed"
+    wait_witness(web, 0)
+
+
+def test_every_ram_block_comes_back(any_qemu: str, store: Store, boot: Boot) -> None:
+    """The picture on the screen is that of the epoch, after the screen changed in between."""
+    web = boot(vga=True)
+    ctl(web, "pause")
+    web.exec(["/bin/sh", "-c", "printf '\\033[?25l\\033[2J\\033[H epoch one ' > /dev/tty1"])
+    web.pause()
+    shot = web.screenshot()
+    epoch = web.create()
+    web.start()
+    web.exec(["/bin/sh", "-c", "printf '\\033[2J\\033[H something else ' > /dev/tty1"])
+    web.pause()
+    assert web.screenshot() != shot
+    web.rollback(epoch, keep=False)
+    assert web.screenshot() == shot
+    assert store.files.thumbnail_file(epoch.id).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_epoch_of_another_release_is_refused(store: Store, boot: Boot,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    from .conftest import required
+
+    web = boot()
+    epoch = web.create()
+    count = wait_witness(web, 0)
+    monkeypatch.setenv("EPOCHS_QEMU", str(required("EPOCHS_QEMU10") / "qemu-system-x86_64"))
+    with pytest.raises(Incompatible, match=r"made by QEMU 7\.2.*cannot be loaded by QEMU 10"):
+        web.rollback(epoch, keep=False)
+    wait_witness(web, count)
+
+
+def test_reflink_and_qcow2_disks_freeze_as_one(store: Store, boot: Boot, tiny: Artefacts) -> None:
+    web = boot()
+    assert {disk["backend"] for disk in web.status()["disks"]} <= {"qcow2", "reflink"}

@@ -12,6 +12,7 @@ from typing import Any
 
 import blockcow
 from blockcow import Layer
+from blockcow.source import probe
 from epochs.catalog import DiskRecord, JournalRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree, write_file
 from epochs.errors import Failed, HypervisorDied, Refused
@@ -38,7 +39,7 @@ def add(store: StoreFiles, name: str, spec: MachineSpec,
     check(spec)
     qemu = binary.find(spec.qemu)
     with store.shared():
-        sources = [(disk, _backend(store, disk), blockcow.probe(Path(disk.file), disk.format))
+        sources = [(disk, _backend(store, disk), probe(Path(disk.file), disk.format))
                    for disk in spec.disks]
         _refuse_shared_disks(store, sources)
         accel = _accelerator(store, spec, qemu)
@@ -68,7 +69,14 @@ def _disk_progress(progress: Callable[[str, int, int], None] | None, disk: DiskS
                    source: blockcow.Source) -> Callable[[int], None] | None:
     if progress is None:
         return None
-    return lambda done: progress(f"disk {disk.name}", done, source.size)
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(f"disk {disk.name}", done, source.size)
+
+    return advance
 
 
 def _backend(store: StoreFiles, disk: DiskSpec) -> str:
@@ -209,6 +217,7 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
                     store.catalog.forget_epoch(epoch)
                 store.catalog.remove_machine(machine.id)
             upkeep.redo_delete(store, under_way.record)
+        upkeep.try_tidy(store)
     return Removal(machine.name, gone)
 
 

@@ -201,7 +201,8 @@ def orphans(store: StoreFiles) -> list[Path]:
     known |= {store.instance_dir(instance.id) for instance in catalog.instances()}
     known |= {store.machine_dir(machine.id) for machine in catalog.machines()}
     known |= {file for pack in catalog.pack_signatures() for file in packs.final_files(pack)}
-    known |= {store.layers_dir / layer.file for layer in catalog.layers()}
+    for layer in catalog.layers():
+        known |= {store.layers_dir / layer.file, *store.backend(layer.backend).files(layer.id)}
     return sorted(entry for place in ("epochs", "instances", "machines", "packs", "layers")
                   for entry in (store.path / place).iterdir() if entry not in known)
 

@@ -13,7 +13,7 @@ import pytest
 
 from epochs import Machine, Store
 
-from .guest import Artefacts, assert_tidy, processes_in, wait_console
+from .guest import Artefacts, assert_tidy, processes_in, wait_console, wait_witness
 
 
 def required(variable: str) -> Path:
@@ -65,6 +65,7 @@ def boot(store: Store, tiny: Artefacts) -> Callable[..., Machine]:
         machine.start()
         wait_console(machine, "TINY READY")
         machine.wait_agent()
+        wait_witness(machine, 0)
         return machine
 
     return boot

@@ -72,7 +72,7 @@ def test_the_witness_sees_memory_over_another_epoch_s_disk(any_qemu: str, store:
             store.files.catalog.epoch_layers = original  # type: ignore[method-assign]
         broken = store.machine(record.name)
         with pytest.raises(WitnessFailed, match="MISMATCH"):
-            for beyond in range(0, 10**6, 100):
+            for beyond in range(0, 3000, 50):
                 wait_witness(broken, beyond)
         broken.remove(force=True)
     wait_witness(web, 200)
@@ -81,7 +81,7 @@ def test_the_witness_sees_memory_over_another_epoch_s_disk(any_qemu: str, store:
 def test_a_stopped_machine_boots_from_its_present_disks(store: Store, boot: Boot) -> None:
     web = boot()
     web.create()
-    count = wait_witness(web, 300)
+    count = wait_witness(web, 100)
     said = web.console_log.stat().st_size
     web.stop()
     assert web.status()["state"] == "off"
@@ -91,7 +91,7 @@ def test_a_stopped_machine_boots_from_its_present_disks(store: Store, boot: Boot
         web.rollback()
     assert web.start() == "started"
     wait_console(web, "TINY READY", since=said)
-    assert wait_witness(web, 0) >= count - 200, "the witness adopted what its disks hold"
+    assert wait_witness(web, 0) >= count - 50, "the witness adopted what its disks hold"
     web.create("after a reboot")
     web.rollback(keep=False)
     wait_witness(web, 0)

@@ -1,0 +1,90 @@
+# Sourced by every script: messages, the cache, packages, builds that are atomic and made once.
+# shellcheck shell=bash
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+CACHE=${EPOCHS_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/epochs}
+export DEBIAN_FRONTEND=noninteractive
+
+say() { printf '%s\n' "-- $*" >&2; }
+fail() { printf '%s\n' "epochs: $*" >&2; exit 1; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"
+    elif command -v sudo >/dev/null; then sudo "$@"
+    else fail "this needs root: $*"
+    fi
+}
+
+# need PACKAGE... : install those that are missing, in one call.
+need() {
+    local missing=() package
+    for package in "$@"; do
+        dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed ||
+            missing+=("$package")
+    done
+    [ ${#missing[@]} = 0 ] && return
+    say "installing ${missing[*]}"
+    apt_update
+    as_root apt-get install -y --no-install-recommends "${missing[@]}" >"$CACHE/apt.log" 2>&1 ||
+        { tail -n 20 "$CACHE/apt.log" >&2; fail "apt-get install failed"; }
+}
+
+# Package lists, once a day.
+apt_update() {
+    mkdir -p "$CACHE"
+    if [ -z "$(find "$CACHE/apt-updated" -mmin -1440 2>/dev/null)" ]; then
+        as_root apt-get update >"$CACHE/apt.log" 2>&1 ||
+            { tail -n 20 "$CACHE/apt.log" >&2; fail "apt-get update failed"; }
+        touch "$CACHE/apt-updated"
+    fi
+}
+
+# The address that this machine's own apt takes Debian from.
+mirror() {
+    apt-get indextargets --format '$(REPO_URI) $(SUITE) $(ORIGIN) $(LABEL)' 'Created-By: Packages' |
+        awk '$3 == "Debian" && $4 == "Debian" { print $1; exit }'
+}
+
+# build NAME FUNCTION FILE... : run FUNCTION DIRECTORY unless the cache holds what it makes from the
+# FILEs as they are now; prints the directory. An interrupted build leaves nothing that counts.
+build() {
+    local name=$1 make=$2 key place work
+    shift 2
+    key=$(cat "$@" | sha256sum | cut -c1-16)
+    place=$CACHE/$name-$key
+    mkdir -p "$CACHE"
+    exec 9>"$CACHE/$name.lock"
+    flock 9
+    if [ ! -d "$place" ]; then
+        rm -rf "$CACHE/$name".tmp.*
+        work=$(mktemp -d "$CACHE/$name.tmp.XXXXXX")
+        say "building $name"
+        if ! (set -e; "$make" "$work") >"$CACHE/$name.log" 2>&1 9>&-; then
+            tail -n 25 "$CACHE/$name.log" >&2
+            rm -rf "$work"
+            fail "building $name failed; all of it is in $CACHE/$name.log"
+        fi
+        chmod 755 "$work"
+        find "$CACHE" -maxdepth 1 -name "$name-????????????????" -mtime +1 -exec rm -rf {} +
+        mv "$work" "$place"
+    fi
+    exec 9>&-
+    printf '%s\n' "$place"
+}
+
+# download DIRECTORY PACKAGE... : fetch .deb files into DIRECTORY and unpack them into DIRECTORY/root.
+download() {
+    local place=$1
+    shift
+    mkdir -p "$place/debs" "$place/root"
+    (cd "$place/debs" && apt-get download "$@")
+    for deb in "$place"/debs/*.deb; do dpkg-deb -x "$deb" "$place/root"; done
+    rm -r "$place/debs"
+}
+
+# The package that holds the newest cloud kernel's files.
+cloud_kernel() {
+    apt-cache depends linux-image-cloud-amd64 |
+        awk '/Depends: linux-image-[0-9]/ { print $2; exit }'
+}

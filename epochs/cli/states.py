@@ -1,0 +1,70 @@
+"""States: create, rollback, fork."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from epochs.cli import output
+from epochs.cli.machines import machine_argument
+from epochs.cli.output import complete_epoch, emit, opened
+
+MAX_FORKS = 1000
+
+
+@click.command("create")
+@machine_argument
+@click.option("-m", "--message", default="", help="What this epoch is for.")
+@click.option("-t", "--tag", "tags", multiple=True, help="Tag it (may be repeated).")
+@click.option("--flat/--no-flat", default=None,
+              help="Force or forbid a new flat pack (default: when it pays).")
+@click.pass_context
+def create_command(ctx: click.Context, name: str, message: str, tags: tuple[str, ...],
+                   flat: bool | None) -> None:
+    """Make a live epoch of a running machine."""
+    with opened(ctx) as store, output.progress(ctx) as progress:
+        epoch = store.machine(name).create(message, tags, flat=flat, progress=progress)
+        document = epoch.to_json()
+    stats: dict[str, Any] = document["stats"]
+    written = stats["pack_bytes"] + sum(stats["disk_bytes"].values())
+    emit(ctx, document, f"epoch {epoch.id[:12]} of '{name}': paused "
+         f"{stats['pause_seconds'] * 1e3:.1f} ms, {stats['pages_new']} pages, "
+         f"{output.size(written)} written, {stats['total_seconds']:.2f} s in all")
+
+
+@click.command("rollback")
+@machine_argument
+@click.argument("epoch", required=False, shell_complete=complete_epoch)
+@click.option("--keep/--discard", "keep", default=True,
+              help="Seal the present state as an epoch first (the default), or give it up.")
+@click.pass_context
+def rollback_command(ctx: click.Context, name: str, epoch: str | None, keep: bool) -> None:
+    """Put a machine back to EPOCH (default: its newest). It goes on from there."""
+    with opened(ctx) as store, output.progress(ctx) as progress:
+        if epoch is None and "@" in name:  # "rollback web@tag" names both
+            name, epoch = name.partition("@")[0], name
+        done = store.machine(name).rollback(epoch, keep=keep, progress=progress)
+    kept = f"; its state until now is epoch {done['kept'][:12]}" if done["kept"] else ""
+    emit(ctx, done, f"machine '{name}' is back at epoch {done['epoch'][:12]} after "
+         f"{done['seconds'] * 1e3:.0f} ms{kept}")
+
+
+@click.command("fork")
+@click.argument("epoch", shell_complete=complete_epoch)
+@click.argument("newname")
+@click.option("--count", type=click.IntRange(1, MAX_FORKS),
+              help="Start so many, called NEWNAME-1, NEWNAME-2, ...")
+@click.option("--paused", is_flag=True, help="Leave them paused.")
+@click.pass_context
+def fork_command(ctx: click.Context, epoch: str, newname: str, count: int | None,
+                 paused: bool) -> None:
+    """Start new machines from an epoch, sharing its memory and disks copy-on-write."""
+    names = [newname] if count is None else [f"{newname}-{n}" for n in range(1, count + 1)]
+    with opened(ctx) as store:
+        source = store.epoch(epoch).id
+        machines = store.fork_many(source, names, paused=paused)
+        found = [machine.status() for machine in machines]
+    emit(ctx, {"epoch": source, "machines": found},
+         "\n".join(f"machine '{one['name']}' forked from epoch {source[:12]} ({one['state']})"
+                   for one in found))

@@ -1,0 +1,135 @@
+"""``doctor``: what this host can do for Epochs, and what is missing with its mend."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import blockcow
+from epochs.errors import EpochsError
+from epochs.processes import ProcessId
+from epochs.qemu import binary, yama
+from epochs.store import StoreFiles, default_path
+
+GOOD, LACKING, MISSING = "good", "lacking", "missing"
+SPACE_WARNING = 2 * 2**30  # bytes
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``state``: good, lacking (slower or less) or missing (does not work)."""
+
+    name: str
+    state: str
+    detail: str
+    mend: str | None = None
+
+    @property
+    def mark(self) -> str:
+        return {GOOD: "ok     ", LACKING: "lacking", MISSING: "MISSING"}[self.state]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(store: str | None) -> list[Check]:
+    """All checks, in the order of what depends on what."""
+    return [*_qemu(), _tool("qemu-img", "qemu-utils"), _memory(), _tracking(), *_store(store)]
+
+
+def _qemu() -> list[Check]:
+    try:
+        qemu = binary.find(None)
+    except EpochsError as error:
+        return [Check("QEMU", MISSING, str(error), "apt-get install qemu-system-x86")]
+    refusal = binary.kvm_refusal(qemu)
+    return [Check("QEMU", GOOD, f"{qemu.version} at {qemu.path}"),
+            Check("KVM", LACKING, f"{refusal}; guests run by emulation (TCG)",
+                  "use a host with hardware virtualisation, and let your user into group kvm")
+            if refusal else Check("KVM", GOOD, "a vCPU really ran")]
+
+
+def _tool(name: str, package: str) -> Check:
+    found = shutil.which(name)
+    return Check(name, GOOD, found) if found else Check(name, MISSING, "not there",
+                                                        f"apt-get install {package}")
+
+
+def _memory() -> Check:
+    refusal = yama.refusal()
+    if refusal:
+        return Check("guest memory", MISSING, refusal, "sysctl kernel.yama.ptrace_scope=1")
+    return Check("guest memory", GOOD, f"readable (ptrace scope {yama.scope()})")
+
+
+def _tracking() -> Check:
+    """Track this very process: the same calls as a capture makes."""
+    from memsave.tracking import Tracker, preload_library
+
+    own = ctypes_buffer()
+    with Tracker(os.getpid(), [own]) as tracker:
+        method = tracker.method
+    if method == "pagemap":
+        return Check("written pages", LACKING, "this kernel has no PAGEMAP_SCAN: every page "
+                     "written since the start is read in each pause", "use Linux 6.7 or later")
+    preload_library()
+    return Check("written pages", GOOD, "PAGEMAP_SCAN and asynchronous write-protection"
+                 if _userfaultfd() else "PAGEMAP_SCAN")
+
+
+def ctypes_buffer() -> tuple[int, int]:
+    """Address and size of a page of this process."""
+    import ctypes
+
+    buffer = ctypes.create_string_buffer(8192)
+    return (ctypes.addressof(buffer) + 4095) // 4096 * 4096, 4096
+
+
+def _userfaultfd() -> bool:
+    """Whether a process with the preloaded library gets its userfaultfd."""
+    import subprocess
+
+    from memsave.tracking import TRACKER_FD, TRACKER_LINK, preload_library
+
+    shown = subprocess.run(["readlink", f"/proc/self/fd/{TRACKER_FD}"], capture_output=True,
+                           text=True, env={**os.environ, "LD_PRELOAD": str(preload_library())},
+                           check=False)
+    return shown.stdout.strip() == TRACKER_LINK
+
+
+def _store(path: str | None) -> list[Check]:
+    place = path or str(default_path())
+    try:
+        files = StoreFiles(path)
+    except EpochsError as error:
+        return [Check("store", MISSING, str(error), "name another with --store")]
+    try:
+        stat = os.statvfs(files.path)
+        free = stat.f_bavail * stat.f_frsize
+        space = f"{free / 2**30:.1f} GiB free"
+        checks = [Check("store", GOOD, f"{place}, {space}") if free > SPACE_WARNING
+                  else Check("store", LACKING, f"{place}, only {space}",
+                             "epochs delete, epochs gc"),
+                  Check("disk backend", GOOD, blockcow.choose(files.layers_dir))]
+        checks += _machines(files)
+        return checks
+    finally:
+        files.close()
+
+
+def _machines(files: StoreFiles) -> list[Check]:
+    checks = []
+    for machine in files.catalog.machines():
+        instance = files.catalog.instance_of(machine.id)
+        if instance is not None and not instance.process.alive():
+            checks.append(Check(f"machine {machine.name}", LACKING, "its QEMU has died",
+                                f"epochs start {machine.name}, or roll it back"))
+    own = ProcessId.own()
+    waiting = [record for record in files.catalog.journal()
+               if not record.operator.alive() and record.operator != own]
+    checks.append(Check("interrupted commands", LACKING, f"{len(waiting)} to settle",
+                        "epochs recover") if waiting
+                  else Check("interrupted commands", GOOD, "none"))
+    return checks

@@ -86,7 +86,11 @@ class Pack:
     def close(self) -> None:
         native.ffi.release(self._base)
         if isinstance(self._map, mmap.mmap):
-            self._map.close()
+            try:
+                self._map.close()
+            except BufferError:
+                # A slice lives on in the frames of an exception; the mapping goes with it.
+                self._map = b""
 
 
 class PackStore:

@@ -20,8 +20,8 @@ def patch(guest: GuestMemory, image: Image, packs: PackStore, over: Image) -> in
     """Write every page in which the process differs from ``image``; returns how many.
 
     ``over`` says what block 0 holds (:meth:`Image.flat_view` of the image whose flat pack the
-    process maps). The other blocks of a fresh process hold whatever the hypervisor put there, so they are
-    looked at. Each page's checksum is verified before it is written: MemoryDamaged.
+    process maps). The other blocks of a fresh process hold whatever the hypervisor put there, so
+    they are looked at. Each page's checksum is verified before it is written: MemoryDamaged.
     """
     ids = list(dict.fromkeys([*image.pack_ids, *over.pack_ids]))
     table = packs.table(ids)

@@ -43,5 +43,10 @@ class Shadow:
     def close(self) -> None:
         if not self._map.closed:
             native.ffi.release(self._base)
-            self._view.release()
-            self._map.close()
+            try:
+                self._view.release()
+                self._map.close()
+            except BufferError:
+                # An exception on its way out still shows a slice in one of its frames; the memory
+                # goes with it, as nothing else refers to the mapping.
+                del self._view

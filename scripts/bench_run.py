@@ -56,7 +56,7 @@ def add(name: str, values: list[float], unit: str, least: float | None = None,
     """Record the median of some values and print the row at once."""
     row = Row(name, statistics.median(values), unit, least, aim, len(values))
     rows.append(row)
-    bars = "" if least is None else f"at least {least:g}, aim {aim:g}" if aim else f"at least {least:g}"
+    bars = ("" if least is None else f"at least {least:g}") + (f", aim {aim:g}" if aim else "")
     print(f"{row.name:<62} {row.value:9.2f} {unit:<5} {bars:<26} {row.verdict}", flush=True)
     return row.value
 

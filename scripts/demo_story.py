@@ -40,7 +40,8 @@ def step(title: str) -> None:
 
 
 def check(what: str, good: bool, seen: object = "") -> None:
-    print(f"   {'ok  ' if good else 'FAIL'}  {what}" + (f": {seen}" if str(seen) else ""), flush=True)
+    shown = f": {seen}" if str(seen) else ""
+    print(f"   {'ok  ' if good else 'FAIL'}  {what}{shown}", flush=True)
     if not good:
         failures.append(what)
 
@@ -85,7 +86,7 @@ def nonce(machine: Machine) -> str:
                          "</proc/$p/environ | sed -n 's/^NONCE=//p'; done | tail -n 1"])
 
 
-def story(store: Store, guest: Path) -> None:  # noqa: PLR0915 - a story is one piece
+def story(store: Store, guest: Path) -> None:
     step("Boot a Debian guest")
     web = store.add("web", MachineSpec(
         memory=MEMORY, cpus=2, disks=(DiskSpec("root", str(guest / "root.img"), "raw"),),
@@ -131,7 +132,8 @@ def story(store: Store, guest: Path) -> None:  # noqa: PLR0915 - a story is one 
     check("all rows are as they were",
           sql(web, "select count(*), sum(balance) from accounts") == "1000|5005000",
           sql(web, "select count(*), sum(balance) from accounts"))
-    run(web, ["/bin/sh", "-c", "pkill -f '[i]nsert into work' || true; pkill -f '[w]hile :' || true"])
+    run(web, ["/bin/sh", "-c", "pkill -f '[i]nsert into work' || true; "
+              "pkill -f '[w]hile :' || true"])
     done = web.exec(AMCHECK, timeout=180)
     check("pg_amcheck finds nothing wrong", done.status == 0,
           (done.stdout + done.stderr).decode(errors="replace")[-200:])

@@ -329,17 +329,19 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
         return
     machine = store.catalog.machine_by_id(record.machine or "")
     instance = store.catalog.instance_of(record.machine or "")
-    if machine is not None:
-        monitor: Monitor | None = None
-        try:
-            if instance is not None and instance.id == record.plan["instance"]:
-                monitor = _resume(store, instance, bool(record.plan.get("running")))
+    monitor: Monitor | None = None
+    try:
+        # The guest first; then the files, because on a full disk the catalog cannot be written
+        # before they are gone.
+        if instance is not None and instance.id == record.plan["instance"]:
+            monitor = _resume(store, instance, bool(record.plan.get("running")))
+        remove_tree(store.epoch_dir(record.plan["epoch"]))
+        memsave.PackStore(store.packs_dir).drop(record.plan["pack"])
+        if machine is not None:
             _unfreeze(store, machine, monitor, record.plan)
-        finally:
-            if monitor is not None:
-                monitor.close()
-    remove_tree(store.epoch_dir(record.plan["epoch"]))
-    memsave.PackStore(store.packs_dir).drop(record.plan["pack"])
+    finally:
+        if monitor is not None:
+            monitor.close()
     with store.catalog.transaction():
         store.catalog.end(record.id)
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from blockcow import Layer
 
+from blockcow import Layer
 from epochs.catalog import (
     SCHEMA_VERSION,
     Catalog,

@@ -50,7 +50,7 @@ def settled(store: Store, point: str) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("action", ["kill", "fail"])
 def test_create(store: Store, boot: Boot, tmp_path: Path, action: str) -> None:
-    web, first, count = prepared(boot)
+    web, _, count = prepared(boot)
     for point in CREATE:
         before = {epoch.id for epoch in store.epochs()}
         struck(store, point, action, "create", "web")
@@ -90,7 +90,7 @@ def test_rollback(store: Store, boot: Boot, action: str) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("action", ["kill", "fail"])
 def test_fork(store: Store, boot: Boot, action: str) -> None:
-    web, first, count = prepared(boot)
+    web, _, count = prepared(boot)
     for point in ("fork.intended", *LAUNCH, *POINTS["fork"][1:]):
         struck(store, point, action, "fork", "web@first", "trial")
         settled(store, point)
@@ -131,7 +131,7 @@ def test_delete(store: Store, boot: Boot, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_start(store: Store, boot: Boot) -> None:
-    web, first, _ = prepared(boot)
+    web, _, _ = prepared(boot)
     for point in (*POINTS["start"], "launch.spawned", "launch.disks-cloned"):
         web.stop(kill=True)
         struck(store, point, "kill", "start", "web")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from epochs import Machine, Store
 from epochs.errors import Incompatible, Refused
+from epochs.protocol import switch
 
 from .guest import Artefacts, WitnessFailed, check_disks, ctl, wait_console, wait_witness
 
@@ -48,8 +50,14 @@ def test_memory_and_disks_come_back_as_one(any_qemu: str, store: Store, boot: Bo
     check_disks(store, store.epoch(kept.id), tmp_path)
 
 
-def test_the_witness_sees_memory_over_another_epoch_s_disk(any_qemu: str, store: Store,
-                                                           boot: Boot) -> None:
+def mixed_layers(original: Callable[[str], dict[str, str]], wrong: str,
+                 epoch: str) -> dict[str, str]:
+    """An epoch's layers with disk b of another epoch: what must never happen, on purpose."""
+    return {**original(epoch), "b": original(wrong)["b"]}
+
+
+def test_the_witness_sees_memory_over_another_epoch_s_disk(
+        any_qemu: str, store: Store, boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the check that the other tests rely on can fail."""
     web = boot()
     first = web.create()
@@ -57,19 +65,10 @@ def test_the_witness_sees_memory_over_another_epoch_s_disk(any_qemu: str, store:
     second = web.create()
     for memory, disk in ((first, second), (second, first)):
         mixed = replace(memory.record, id=memory.id)
-        original = store.files.catalog.epoch_layers
-
-        def swapped(epoch_id: str, *, wrong: str = disk.id) -> dict[str, str]:
-            layers = original(epoch_id)
-            return {**layers, "b": original(wrong)["b"]}
-
-        store.files.catalog.epoch_layers = swapped  # type: ignore[method-assign]
-        try:
-            from epochs.protocol import switch
-
+        with monkeypatch.context() as patch:
+            patch.setattr(store.files.catalog, "epoch_layers",
+                          partial(mixed_layers, store.files.catalog.epoch_layers, disk.id))
             (record,) = switch.fork(store.files, mixed, ["mixed"])
-        finally:
-            store.files.catalog.epoch_layers = original  # type: ignore[method-assign]
         broken = store.machine(record.name)
         with pytest.raises(WitnessFailed, match="MISMATCH"):
             for beyond in range(0, 3000, 50):

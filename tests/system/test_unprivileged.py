@@ -31,8 +31,9 @@ def home(tiny: Artefacts) -> Iterator[Path]:
         shutil.copytree(tiny.directory, guest)
         code = directory / "code"
         code.mkdir()
-        import blockcow
         import click
+
+        import blockcow
         import epochs
         import memsave
         for package in (blockcow, epochs, memsave):

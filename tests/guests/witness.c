@@ -110,7 +110,10 @@ static void fill(struct block *b, uint64_t number, uint64_t disk)
     b->sum = sum_of(b);
 }
 
-/* Read a slot past the page cache; returns its number, 0 if it was never written. */
+#define TORN UINT64_MAX
+
+/* Read a slot past the page cache; returns its number, 0 if it was never written, TORN if it holds
+ * no whole block. */
 static uint64_t look(struct disk *d, struct ring *r, uint64_t slot, const char *what)
 {
     if (pread(r->raw, &scratch, BLOCK, slot * BLOCK) != BLOCK) {
@@ -121,8 +124,7 @@ static uint64_t look(struct disk *d, struct ring *r, uint64_t slot, const char *
         return 0;
     if (scratch.magic != MAGIC || scratch.sum != sum_of(&scratch) ||
         scratch.disk != (uint64_t)(d - disks) || scratch.seq % RING != slot) {
-        mismatch("%s %s slot %lu is corrupt", d->dir, what, slot);
-        return 0;
+        return TORN;
     }
     return scratch.seq;
 }
@@ -130,7 +132,9 @@ static uint64_t look(struct disk *d, struct ring *r, uint64_t slot, const char *
 static void expect(struct disk *d, struct ring *r, uint64_t slot, const char *what)
 {
     uint64_t found = look(d, r, slot, what);
-    if (!verdict[0] && found != r->holds[slot])
+    if (found == TORN)
+        mismatch("%s %s slot %lu is corrupt", d->dir, what, slot);
+    else if (!verdict[0] && found != r->holds[slot])
         mismatch("%s %s slot %lu holds %lu, memory says %lu", d->dir, what, slot, found,
                  r->holds[slot]);
 }
@@ -202,6 +206,15 @@ static void open_ring(struct disk *d, struct ring *r, const char *name)
         die(path);
 }
 
+/* Make a slot one that was never written; returns what it holds then. */
+static uint64_t wipe(struct disk *d, struct ring *r, uint64_t slot)
+{
+    memset(&scratch, 0, sizeof scratch);
+    if (pwrite(r->raw, &scratch, BLOCK, slot * BLOCK) != BLOCK)
+        mismatch("%s slot %lu cannot be wiped: %s", d->dir, slot, strerror(errno));
+    return 0;
+}
+
 /* A cold start believes the disks, as far as they are consistent in themselves. */
 static void adopt(void)
 {
@@ -214,11 +227,25 @@ static void adopt(void)
         for (uint64_t slot = 0; slot < RING && !verdict[0]; slot++) {
             d->direct.holds[slot] = look(d, &d->direct, slot, "direct");
             d->buffered.holds[slot] = look(d, &d->buffered, slot, "buffered");
-            if (d->direct.holds[slot] > newest[i])
+            if (d->direct.holds[slot] != TORN && d->direct.holds[slot] > newest[i])
                 newest[i] = d->direct.holds[slot];
         }
         for (uint64_t slot = 0; slot < RING && !verdict[0]; slot++) {
-            if (newest[i] >= RING && d->direct.holds[slot] + RING <= newest[i])
+            /* Power that goes tears at most the block being written, and what of the buffered file
+             * was not synced yet. Such a block counts as never written. */
+            if (d->direct.holds[slot] == TORN) {
+                if (slot != (newest[i] + 1) % RING)
+                    mismatch("%s direct slot %lu is corrupt", d->dir, slot);
+                d->direct.holds[slot] = wipe(d, &d->direct, slot);
+                continue;
+            }
+            if (d->buffered.holds[slot] == TORN) {
+                if ((newest[i] + 1 + RING - slot) % RING > 2 * SYNC_EVERY)
+                    mismatch("%s buffered slot %lu is corrupt", d->dir, slot);
+                d->buffered.holds[slot] = wipe(d, &d->buffered, slot);
+            }
+            if (newest[i] >= RING && d->direct.holds[slot] + RING <= newest[i] &&
+                slot != (newest[i] + 1) % RING)
                 mismatch("%s direct slot %lu was lost", d->dir, slot);
             /* The buffered write of the newest number may be there while the direct one is not. */
             if (d->buffered.holds[slot] > newest[i] + 1)

@@ -52,6 +52,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         assert_tidy(opened)
         for machine in opened.machines():
             machine.remove(force=True, with_epochs=True)
+        opened.delete(opened.epochs())  # of machines that the test itself removed
         assert opened.files.catalog.layers() == []
         assert_tidy(opened)
     assert processes_in(tmp_path) == []

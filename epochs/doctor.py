@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import blockcow
+import memsave
 from epochs.errors import EpochsError
 from epochs.processes import ProcessId
 from epochs.qemu import binary, yama
@@ -65,38 +68,31 @@ def _memory() -> Check:
 
 
 def _tracking() -> Check:
-    """Track this very process: the same calls as a capture makes."""
-    from memsave.tracking import Tracker, preload_library
+    """Track a page of this very process: the same calls as a capture makes."""
+    import mmap
 
-    own = ctypes_buffer()
-    with Tracker(os.getpid(), [own]) as tracker:
-        method = tracker.method
-    if method == "pagemap":
-        return Check("written pages", LACKING, "this kernel has no PAGEMAP_SCAN: every page "
-                     "written since the start is read in each pause", "use Linux 6.7 or later")
-    preload_library()
-    return Check("written pages", GOOD, "PAGEMAP_SCAN and asynchronous write-protection"
-                 if _userfaultfd() else "PAGEMAP_SCAN")
-
-
-def ctypes_buffer() -> tuple[int, int]:
-    """Address and size of a page of this process."""
-    import ctypes
-
-    buffer = ctypes.create_string_buffer(8192)
-    return (ctypes.addressof(buffer) + 4095) // 4096 * 4096, 4096
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    holder = (ctypes.c_char * mmap.PAGESIZE).from_buffer(page)
+    layout = memsave.Layout((memsave.Block("probe", mmap.PAGESIZE),))
+    try:
+        with memsave.GuestMemory(os.getpid(), layout,
+                                 {"probe": ctypes.addressof(holder)}) as guest:
+            method = guest.method
+    finally:
+        del holder
+        page.close()
+    if _userfaultfd():
+        return Check("written pages", GOOD, "found exactly, by userfaultfd write-protection")
+    return Check("written pages", LACKING, f"only a superset is found ({method}): each pause reads "
+                 "every page written since the machine's start", "use Linux 6.7 or later")
 
 
 def _userfaultfd() -> bool:
     """Whether a process with the preloaded library gets its userfaultfd."""
-    import subprocess
-
-    from memsave.tracking import TRACKER_FD, TRACKER_LINK, preload_library
-
-    shown = subprocess.run(["readlink", f"/proc/self/fd/{TRACKER_FD}"], capture_output=True,
-                           text=True, env={**os.environ, "LD_PRELOAD": str(preload_library())},
+    shown = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True,
+                           env={**os.environ, "LD_PRELOAD": str(memsave.preload_library())},
                            check=False)
-    return shown.stdout.strip() == TRACKER_LINK
+    return "anon_inode:[userfaultfd]" in shown.stdout
 
 
 def _store(path: str | None) -> list[Check]:

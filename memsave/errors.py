@@ -2,7 +2,7 @@
 
 ::
 
-    MemsaveError        a capture or restore failed, for the reason in the message
+    MemsaveError        a capture, a restore or a file was refused or failed
      └─ MemoryDamaged   stored bytes are not those that were written; ``path`` names the file
 """
 
@@ -12,12 +12,15 @@ from pathlib import Path
 
 
 class MemsaveError(Exception):
-    """A capture, a restore or a file failed; the message is one sentence."""
+    """The message is one sentence that names the thing and the reason."""
 
 
 class MemoryDamaged(MemsaveError):
-    """A pack, an index or a page map does not hold what was written into it."""
+    """A pack, an index or a page map does not hold what was written into it.
 
-    def __init__(self, message: str, path: Path | str) -> None:
+    ``path`` is the file that has to be mended or given up.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)
-        self.path = Path(path)
+        self.path = path

@@ -1,219 +1,223 @@
-"""The canonical memory image: a full run-length map from page number to zero or (pack, slot)."""
+"""The canonical image of guest memory: a full page map over packs."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from memsave import native
-from memsave.files import Reader, tail, write_durably
+from memsave import files
+from memsave.errors import MemoryDamaged, MemsaveError
 from memsave.layout import MAX_BLOCKS, MAX_NAME, PAGE, Block, Layout
-from memsave.packs import SLOT_BITS, PackStore, Table, reference
+from memsave.native import Runs, Segments, ffi, lib, new_error, run_fault
+from memsave.packs import ID, PackStore, PackTable, verify_runs
 
 MAGIC = b"EPOCHMAP"
-# version, page size, incompatible features, blocks, packs, flat pack or NONE, reserved, runs
-HEADER = struct.Struct("<IIQIIIIQ")
-BLOCK = struct.Struct("<QI")  # pages, bytes of name
-KNOWN_FEATURES = 0
-NONE = 0xFFFFFFFF
+HEADER = struct.Struct("<IIIIQ")  # blocks, packs, number of the flat pack, zero, runs
+BLOCK = struct.Struct("<QHHI")  # bytes, bytes of the name, zero, zero
+PACK = struct.Struct("<II")  # bytes of the id, zero
+RUN = struct.Struct("<QQII")  # page, slot, count, pack
+NO_FLAT = 0xFFFFFFFF
 MAX_PACKS = 1 << 20
-SLOT_MASK = (1 << SLOT_BITS) - 1
+BATCH = 256  # pages read at a time
+assert (HEADER.size, BLOCK.size, PACK.size, RUN.size) == (24, 16, 8, 24)
 
 
 class Image:
-    """What guest memory held at one instant. Immutable; cheap to load, pages stay in the packs."""
+    """What every page of a guest holds: zero, or a slot of a pack. Immutable.
 
-    def __init__(self, layout: Layout, packs: Sequence[str], flat: str | None,
-                 counts: array[int], firsts: array[int]) -> None:
+    ``layout``; ``packs``: ids of all packs needed; ``flat``: the flat pack that an instance should
+    map for block 0, or None.
+    """
+
+    def __init__(self, layout: Layout, pack_ids: Sequence[str], runs: Runs,
+                 flat: str | None) -> None:
+        """``runs`` number packs as ``pack_ids`` lists them; packs that none needs are left out."""
+        used = {pack for _, _, _, pack in runs}
+        needed = {pack_ids[number] for number in used} | ({flat} if flat is not None else set())
         self.layout = layout
-        self._packs = tuple(packs)
         self.flat = flat
-        self._counts, self._firsts = counts, firsts
+        self.pack_ids = tuple(sorted(needed))
+        self.packs = frozenset(needed)
+        self.runs = renumber(runs, pack_ids, self.pack_ids)
 
     @classmethod
     def zero(cls, layout: Layout) -> Image:
-        """All pages zero: what a hypervisor's memory holds before it ever ran."""
-        return cls(layout, (), None, array("Q", [layout.pages]), array("Q", [0]))
-
-    @classmethod
-    def from_refs(cls, layout: Layout, pack_ids: Sequence[str], flat: str | None,
-                  refs: array[int]) -> Image:
-        """Compress page references; packs that no page refers to are left out (but ``flat``)."""
-        counts, firsts = _compress(refs)
-        used = sorted({(first >> SLOT_BITS) - 1 for first in firsts if first}
-                      | ({pack_ids.index(flat)} if flat is not None else set()))
-        renumber = {old: new for new, old in enumerate(used)}
-        firsts = array("Q", (_renumbered(first, renumber) for first in firsts))
-        return cls(layout, [pack_ids[index] for index in used], flat, counts, firsts)
-
-    @property
-    def packs(self) -> frozenset[str]:
-        """Ids of the packs that this image cannot do without."""
-        return frozenset(self._packs)
+        """Memory that is all zero, in no pack."""
+        return cls(layout, (), Runs(), None)
 
     @property
     def resident(self) -> int:
         """Pages that are not zero."""
-        return sum(count for count, first in zip(self._counts, self._firsts, strict=True) if first)
-
-    def refs(self, pack_ids: Sequence[str]) -> array[int]:
-        """One reference per page, with indices into ``pack_ids`` (which holds all of ours)."""
-        index = {pack: number for number, pack in enumerate(pack_ids)}
-        renumber = {old: index[pack] for old, pack in enumerate(self._packs)}
-        firsts = array("Q", (_renumbered(first, renumber) for first in self._firsts))
-        found = native.numbers(self.layout.pages)
-        native.lib.ms_expand(native.u64(self._counts), native.u64(firsts), len(firsts),
-                             native.u64(found))
-        return found
-
-    def own_refs(self) -> array[int]:
-        """References with indices into :attr:`pack_ids`."""
-        return self.refs(self._packs)
-
-    @property
-    def pack_ids(self) -> tuple[str, ...]:
-        """The packs in the order that the file lists them."""
-        return self._packs
+        return self.runs.pages
 
     def flat_view(self) -> Image:
-        """What a fresh hypervisor that maps ``flat`` holds: that pack in block 0, zero beyond."""
-        main = self.layout.blocks[0].pages
-        counts, firsts = array("Q", [main]), array("Q", [reference(0, 0)])
-        if self.layout.pages > main:
-            counts.append(self.layout.pages - main)
-            firsts.append(0)
-        if self.flat is None:
-            return Image.zero(self.layout)
-        return Image(self.layout, (self.flat,), self.flat, counts, firsts)
+        """What an instance holds just after it mapped this image's flat pack: block 0 as that pack
+        has it, zero elsewhere. MemsaveError if there is no flat pack.
 
-    # -- the file ------------------------------------------------------------------------------
-    def save(self, path: Path) -> None:
-        """Write the page map durably (the caller syncs the directory)."""
-        flat = NONE if self.flat is None else self._packs.index(self.flat)
-        parts = [MAGIC, HEADER.pack(1, PAGE, 0, len(self.layout.blocks), len(self._packs), flat, 0,
-                                    len(self._counts))]
+        Only :meth:`GuestMemory.patch` takes it: it refers to holes of the pack, too.
+        """
+        if self.flat is None:
+            raise MemsaveError("this memory image has no flat pack that could be mapped")
+        runs = Runs()
+        runs.push(0, 0, self.layout.blocks[0].pages, 0)
+        return Image(self.layout, (self.flat,), runs, self.flat)
+
+    # -- files ------------------------------------------------------------------------------
+    def to_bytes(self) -> bytes:
+        """The page map file: equal maps over equal packs give equal bytes."""
+        flat = NO_FLAT if self.flat is None else self.pack_ids.index(self.flat)
+        body = [HEADER.pack(len(self.layout.blocks), len(self.pack_ids), flat, 0, len(self.runs))]
         for block in self.layout.blocks:
             name = block.name.encode()
-            parts += [BLOCK.pack(block.pages, len(name)), name]
-        parts += [bytes.fromhex(pack) for pack in self._packs]
-        pairs = array("Q", (number for pair in zip(self._counts, self._firsts, strict=True)
-                            for number in pair))
-        write_durably(Path(path), [*parts, tail(pairs)])
+            body += [BLOCK.pack(block.size, len(name), 0, 0), files.padded(name)]
+        for pack_id in self.pack_ids:
+            body += [PACK.pack(len(pack_id), 0), files.padded(pack_id.encode())]
+        return files.sealed(MAGIC, [*body, self.runs.tobytes()])
+
+    def save(self, path: Path | str) -> None:
+        """Replace ``path`` by the page map, atomically and durably (mode 0600). Raises OSError."""
+        path = Path(path)
+        files.write_temporary(path, self.to_bytes())
+        files.temporary(path).rename(path)
+        files.sync_directory(path.parent)
 
     @classmethod
-    def load(cls, path: Path) -> Image:
-        """Read a page map; MemoryDamaged or MemsaveError if it is not one that we can trust."""
-        reader = Reader(Path(path), "page map", MAGIC)
-        version, page, features, blocks, packs, flat, _, runs = reader.unpack(HEADER)
-        reader.check_version(version, features, KNOWN_FEATURES)
-        if page != PAGE or not 0 < blocks <= MAX_BLOCKS or packs > MAX_PACKS or (
-                flat != NONE and flat >= packs):
-            raise reader.damaged("makes no sense")
-        found = []
-        for _ in range(blocks):
-            pages, size = reader.unpack(BLOCK)
-            if size > MAX_NAME:
-                raise reader.damaged("has a block with an overlong name")
-            try:
-                found.append(Block(reader.take(size).decode(), pages * PAGE))
-            except ValueError as error:
-                raise reader.damaged(f"has an impossible block: {error}") from error
-        try:
-            layout = Layout(tuple(found))
-        except ValueError as error:
-            raise reader.damaged(f"has an impossible layout: {error}") from error
-        ids = [reader.take(16).hex() for _ in range(packs)]
-        pairs = reader.numbers(runs * 2)
+    def load(cls, path: Path | str) -> Image:
+        """Read a page map. MemoryDamaged if it is missing or not whole; MemsaveError if it needs
+        a newer memsave. Packs are not looked at."""
+        reader = files.Reader(Path(path), "page map", MAGIC)
+        blocks, packs, flat, reserved, runs = reader.unpack(HEADER, "its header")
+        if reserved or not 0 < blocks <= MAX_BLOCKS or packs > MAX_PACKS:
+            raise reader.damaged(f"has an impossible header: {blocks} blocks, {packs} packs")
+        if flat != NO_FLAT and flat >= packs:
+            raise reader.damaged(f"names flat pack {flat}, which its table does not have")
+        layout = _read_layout(reader, blocks)
+        pack_ids = [_read_pack_id(reader) for _ in range(packs)]
+        if sorted(set(pack_ids)) != pack_ids:
+            raise reader.damaged("has a pack table that is not in order")
+        at = reader.bound(runs, RUN.size, "runs")
         reader.end()
-        counts, firsts = pairs[::2], pairs[1::2]
-        if sum(counts) != layout.pages or 0 in counts:
-            raise reader.damaged("does not cover its memory exactly")
-        for count, first in zip(counts, firsts, strict=True):
-            if first and ((first >> SLOT_BITS) > packs or first <= SLOT_MASK
-                          or (first & SLOT_MASK) + count > SLOT_MASK):
-                raise reader.damaged("refers to a pack that it does not name")
-        return cls(layout, ids, None if flat == NONE else ids[flat], counts, firsts)
+        return cls._from_stored(reader, layout, pack_ids, flat, at, runs)
 
-    # -- content -------------------------------------------------------------------------------
-    def verify(self, store: PackStore) -> None:
-        """Check every page that the image refers to; MemoryDamaged names the file."""
-        store.table(self._packs).verify(self.own_refs())
+    @classmethod
+    def _from_stored(cls, reader: files.Reader, layout: Layout, pack_ids: list[str], flat: int,
+                     at: int, n: int) -> Image:
+        data = ffi.from_buffer("uint8_t[]", reader.data)
+        stored = ffi.cast("ms_run *", data + at)
+        used = ffi.new("uint8_t[]", max(len(pack_ids), 1))
+        error = new_error()
+        code = lib.ms_runs_check(stored, n, layout.pages, len(pack_ids), used, error)
+        if code:
+            raise reader.damaged(f"is not in order: {run_fault(code, error)}")
+        for number, pack_id in enumerate(pack_ids):
+            if not used[number] and number != flat:
+                raise reader.damaged(f"lists pack {pack_id}, which it does not use")
+        runs = Runs()
+        numbers = ffi.new("uint32_t[]", list(range(len(pack_ids))) or 1)
+        code = lib.ms_runs_copy(stored, n, numbers, runs.c, error)
+        if code:
+            raise MemoryError("no memory for a page map")
+        return cls(layout, pack_ids, runs, None if flat == NO_FLAT else pack_ids[flat])
 
-    def digest(self, store: PackStore) -> str:
-        """BLAKE2b-256 of the guest memory itself: block names and sizes, then every maximal run of
-        non-zero pages as (first page, count, bytes). Equal memory, equal digest, whatever packs."""
-        table = store.table(self._packs)
+    # -- contents ---------------------------------------------------------------------------
+    def table(self, packs: PackStore) -> PackTable:
+        """This image's packs, open, numbered as its runs number them."""
+        return packs.table(self.pack_ids)
+
+    def verify(self, packs: PackStore, pages: str = "used") -> None:
+        """Check packs, indexes and their sizes, and the checksum of every page referred to.
+
+        ``pages`` "none" leaves out reading pages. Raises MemoryDamaged(message, path).
+        """
+        if pages not in ("used", "none"):
+            raise ValueError(f"pages is 'used' or 'none', not {pages!r}")
+        table = self.table(packs)
+        if self.flat is not None:
+            flat = packs.open(self.flat)
+            if not flat.flat or flat.slots < self.layout.blocks[0].pages:
+                raise MemoryDamaged(f"pack {flat.path.name} cannot be mapped as the flat pack of "
+                                    f"{self.layout.blocks[0].pages} pages", flat.path)
+        if pages == "used":
+            verify_runs(table, self.runs)
+
+    def digest(self, packs: PackStore) -> str:
+        """BLAKE2b-256 of the guest's memory, in hexadecimal: equal memory, equal digest, whatever
+        packs it lies in. Every page is checked; raises MemoryDamaged."""
         digest = hashlib.blake2b(digest_size=32)
+        digest.update(b"memsave guest memory 1\0" + struct.pack("<Q", len(self.layout.blocks)))
         for block in self.layout.blocks:
             name = block.name.encode()
-            digest.update(struct.pack("<QI", block.pages, len(name)) + name)
-        for first, pieces in self._content():
-            digest.update(struct.pack("<QQ", first, sum(count for _, _, count in pieces)))
-            for pack, slot, count in pieces:
-                digest.update(table.packs[pack].page_bytes(slot, count))
+            digest.update(struct.pack("<QQ", block.size, len(name)) + name)
+        stretches = iter(self.runs.stretches())
+        end = -1
+        for first, data in self._read(packs):
+            if first >= end:
+                at, count = next(stretches)
+                digest.update(struct.pack("<QQ", at, count))
+                end = at + count
+            digest.update(data)
         return digest.hexdigest()
 
-    def _content(self) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """Maximal non-zero runs: first page and the (pack, slot, count) pieces it is made of."""
-        at, first = 0, 0
-        pieces: list[tuple[int, int, int]] = []
-        for count, ref in zip(self._counts, self._firsts, strict=True):
-            if ref:
-                if not pieces:
-                    first = at
-                pieces.append(((ref >> SLOT_BITS) - 1, ref & SLOT_MASK, count))
-            elif pieces:
-                yield first, pieces
-                pieces = []
-            at += count
-        if pieces:
-            yield first, pieces
+    def _read(self, packs: PackStore) -> Iterator[tuple[int, memoryview]]:
+        """Checked contents, in page order, in pieces of at most BATCH pages."""
+        table = self.table(packs)
+        buffer = bytearray(BATCH * PAGE)
+        into, view, error = ffi.from_buffer("uint8_t[]", buffer), memoryview(buffer), new_error()
+        for page, slot, count, pack in self.runs:
+            for at in range(0, count, BATCH):
+                part = min(BATCH, count - at)
+                table.check(lib.ms_pack_read_checked(table.c, pack, slot + at, part, into,
+                                                     ffi.NULL, error), error, "reading")
+                yield page + at, view[:part * PAGE]
 
 
-def diff(a: Image, b: Image, store: PackStore) -> list[tuple[str, int, int]]:
-    """Runs of pages whose bytes differ: (block, first page in it, count)."""
+def renumber(runs: Runs, old: Sequence[str], new: Sequence[str]) -> Runs:
+    """Runs that number packs as ``old`` lists them, numbered as ``new`` does."""
+    numbers = {pack_id: number for number, pack_id in enumerate(new)}
+    return runs.renumbered([numbers.get(pack_id, NO_FLAT) for pack_id in old] or [0])
+
+
+def diff(a: Image, b: Image, packs: PackStore) -> list[tuple[str, int, int]]:
+    """Pages whose bytes differ, as runs (block name, first page in the block, count).
+
+    MemsaveError if the layouts differ, MemoryDamaged if a pack cannot be read.
+    """
     if a.layout != b.layout:
-        raise ValueError("images of different layouts cannot be compared")
-    pack_ids = sorted(a.packs | b.packs)
-    table: Table = store.table(pack_ids)
-    left, right = a.refs(pack_ids), b.refs(pack_ids)
-    numbers = native.numbers(a.layout.pages)
-    count = native.lib.ms_differ(native.u64(left), native.u64(right), len(left),
-                                 native.u64(numbers))
-    count = native.checked(native.lib.ms_differ_bytes(
-        native.u64(left), table.c, len(table), native.u64(right), table.c, len(table),
-        native.u64(numbers), count), "comparing two images")
-    return a.layout.runs(as_runs(numbers[:count]))
+        raise MemsaveError("memory images of different layouts cannot be compared")
+    ids = sorted(a.packs | b.packs)
+    table = packs.table(ids)
+    segments, found, error = Segments(), Runs(), new_error()
+    segments.add_difference(renumber(a.runs, a.pack_ids, ids), renumber(b.runs, b.pack_ids, ids),
+                            0, a.layout.pages)
+    table.check(lib.ms_diff(table.c, segments.c.v, segments.c.n, found.c, error), error,
+                "comparing")
+    return list(a.layout.split((page, count) for page, _, count, _ in found))
 
 
-def as_runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Sorted numbers as (first, count)."""
-    found: list[tuple[int, int]] = []
-    start = end = -1
-    for number in numbers:
-        if number == end:
-            end += 1
-            continue
-        if end > start:
-            found.append((start, end - start))
-        start, end = number, number + 1
-    if end > start:
-        found.append((start, end - start))
-    return found
+def _read_layout(reader: files.Reader, count: int) -> Layout:
+    blocks = []
+    for number in range(count):
+        size, length, *zeros = reader.unpack(BLOCK, "its blocks")
+        name = reader.take(length, "a block's name")
+        if any(zeros) or length > MAX_NAME:
+            raise reader.damaged(f"has an impossible entry for block {number}")
+        try:
+            blocks.append(Block(name.decode(), size))
+        except ValueError as error:
+            raise reader.damaged(f"has an impossible block: {error}") from error
+    try:
+        return Layout(tuple(blocks))
+    except ValueError as error:
+        raise reader.damaged(f"has an impossible layout: {error}") from error
 
 
-def _compress(refs: array[int]) -> tuple[array[int], array[int]]:
-    null = native.ffi.NULL
-    runs = native.lib.ms_compress(native.u64(refs), len(refs), null, null)
-    counts, firsts = native.numbers(runs), native.numbers(runs)
-    native.lib.ms_compress(native.u64(refs), len(refs), native.u64(counts), native.u64(firsts))
-    return counts, firsts
-
-
-def _renumbered(first: int, renumber: dict[int, int]) -> int:
-    if not first:
-        return 0
-    return reference(renumber[(first >> SLOT_BITS) - 1], first & SLOT_MASK)
+def _read_pack_id(reader: files.Reader) -> str:
+    length, zero = reader.unpack(PACK, "its pack table")
+    name = reader.take(length, "a pack's id")
+    pack_id = name.decode("ascii", "replace")
+    if zero or not ID.fullmatch(pack_id):
+        raise MemoryDamaged(f"the page map {reader.path.name} has an impossible pack id",
+                            reader.path)
+    return pack_id

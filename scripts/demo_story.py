@@ -20,16 +20,16 @@ from epochs import DiskSpec, Machine, MachineSpec, Store
 from epochs.errors import EpochsError
 
 MEMORY = 2**30
-PSQL = ["/usr/bin/runuser", "-u", "postgres", "--", "psql", "-qAtX", "-v", "ON_ERROR_STOP=1",
+PSQL = ["/usr/sbin/runuser", "-u", "postgres", "--", "psql", "-qAtX", "-v", "ON_ERROR_STOP=1",
         "-d", "demo", "-c"]
-AMCHECK = ["/usr/bin/runuser", "-u", "postgres", "--", "/usr/lib/postgresql/15/bin/pg_amcheck",
+AMCHECK = ["/usr/sbin/runuser", "-u", "postgres", "--", "/usr/lib/postgresql/15/bin/pg_amcheck",
            "--heapallindexed", "--install-missing", "demo"]
 # Overwrites nothing but the loader's and the C library's names: what runs goes on, nothing new
 # starts, which is how a broken libc upgrade looks.
 BRICK = "rm -f /lib/x86_64-linux-gnu/libc.so.6 /lib64/ld-linux-x86-64.so.2 && sync"
-WORKLOAD = ("while :; do runuser -u postgres -- psql -qX -d demo -c "
+WORKLOAD = ("while :; do /usr/sbin/runuser -u postgres -- psql -qX -d demo -c "
             "\"insert into work(note) select md5(random()::text) from generate_series(1, 50)\" "
-            "|| break; done >/dev/null 2>&1")
+            "|| break; done")
 
 failures: list[str] = []
 timings: list[tuple[str, float]] = []
@@ -105,7 +105,7 @@ def story(store: Store, guest: Path) -> None:
     word = secrets.token_hex(8)
     set_nonce(web, word)
     check("the nonce is in RAM", nonce(web) == word, word)
-    run(web, ["/bin/sh", "-c", f"({WORKLOAD}) &"])
+    run(web, ["/bin/sh", "-c", f"setsid sh -c '{WORKLOAD}' </dev/null >/dev/null 2>&1 &"])
 
     step("epochs create web -t before-upgrade")
     timed("create", lambda: web.create("before the upgrade", tags=["before-upgrade"]))

@@ -96,8 +96,9 @@ def _examine_memory(store: StoreFiles, epoch: EpochRecord, full: bool,
             for pack in sorted(image.packs):
                 try:
                     now[pack] = packs.signature(pack)
-                except OSError:
-                    note(packs.pack_path(pack), "the pack or its index is missing")
+                except OSError as error:
+                    note(Path(error.filename or packs.pack_path(pack)),
+                         "the pack or its index is missing")
                     return
             if not full and all(known.get(pack) == now[pack] for pack in now):
                 return

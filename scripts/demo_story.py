@@ -26,7 +26,7 @@ AMCHECK = ["/usr/sbin/runuser", "-u", "postgres", "--", "/usr/lib/postgresql/15/
            "--heapallindexed", "--install-missing", "demo"]
 # Overwrites nothing but the loader's and the C library's names: what runs goes on, nothing new
 # starts, which is how a broken libc upgrade looks.
-BRICK = "rm -f /lib/x86_64-linux-gnu/libc.so.6 /lib64/ld-linux-x86-64.so.2 && sync"
+BRICK = "sync; rm -f /lib/x86_64-linux-gnu/libc.so.6 /lib64/ld-linux-x86-64.so.2"
 WORKLOAD = ("while :; do /usr/sbin/runuser -u postgres -- psql -qX -d demo -c "
             "\"insert into work(note) select md5(random()::text) from generate_series(1, 50)\" "
             "|| break; done")

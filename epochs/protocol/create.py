@@ -113,25 +113,22 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
     blocks = ramblocks.locate(monitor, work.instance.process.pid, command.RAM_BLOCK)
     layout = layout_of(blocks)
     addresses = {block.name: block.address for block in blocks}
-    base_file = store.base_map(work.instance.id)
-    base = memsave.Image.load(base_file) if base_file.exists() else memsave.Image.zero(layout)
-    parent = work.machine.head
-    above = memsave.Image.load(store.map_file(parent)) if parent else None
-    if above is not None and above.layout != layout:
-        above = None  # other hardware since then: nothing to share with
+    base, above = _images(work, layout)
     thumbnail = _thumbnail(work)
     with memsave.PackStore(store.packs_dir) as packs, \
             memsave.GuestMemory(work.instance.process.pid, layout, addresses) as guest:
+        # From here on a failure may leave pages write-protected that no epoch has: only the commit
+        # below makes the tracking credible again.
+        with store.catalog.transaction():
+            store.catalog.distrust(work.instance.id)
         with guest.capture(work.instance.trusted, store.packs_dir) as capture:
-            # From here on a failure may leave pages write-protected that no epoch has: only the
-            # commit below makes the tracking credible again.
-            with store.catalog.transaction():
-                store.catalog.distrust(work.instance.id)
+            everything = base.flat is None or not work.instance.trusted
+            _check_space(work, _anonymous_pages(work.instance.process.pid) if everything else 0)
             if running and not work.machine.spec.extra:
                 # Devices of the user's own might write into guest memory behind the kernel's back
                 # (pinned pages); all of ours go through the page tables.
                 capture.precopy()
-            _check_space(work, capture.precopied_pages, first=base.flat is None)
+            _check_space(work, capture.precopied_pages)
             tickets = _prepare_disks(work)
             points.hit("create.prepared")
             capture.reserve()
@@ -158,24 +155,44 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
         signature = packs.signature(work.pack) if written.pack_id else None
     map_bytes = store.map_file(work.epoch).read_bytes()
     stats = {
-        "pause_seconds": pause.total, "pause_steps": pause.steps,
-        "pages_new": written.new_pages, "pages_changed": written.changed_pages,
-        "pages_zero": written.zero_pages, "pages_sealed_in_pause": capture.sealed_pages,
-        "pages_precopied": capture.precopied_pages, "pages_resident": image.resident,
-        "pack_bytes": written.bytes_written, "flat": written.flat, "tracking": method,
+        **_figures(work, pause, capture, written, frozen), "tracking": method,
         "map_bytes": len(map_bytes), "state_bytes": len(state),
-        "disk_bytes": {part.disk: store.backend(part.frozen.backend).usage(part.frozen)
-                       for part in frozen},
+        "total_seconds": time.perf_counter() - began,
     }
-    stats["total_seconds"] = time.perf_counter() - began
     epoch = EpochRecord(
-        id=work.epoch, machine=work.machine.id, machine_name=work.machine.name, parent=parent,
+        id=work.epoch, machine=work.machine.id, machine_name=work.machine.name,
+        parent=work.machine.head,
         created=time.time(), message=message, spec=work.machine.spec,
         compatibility=work.instance.compatibility, map_checksum=checksum(map_bytes),
         state_checksum=checksum(state), state_size=len(state), thumbnail=thumbnail is not None,
         stats=stats)
     _commit(work, epoch, tags, frozen, image, signature)
     return epoch
+
+
+def _images(work: _Work, layout: memsave.Layout) -> tuple[memsave.Image, memsave.Image | None]:
+    """What the instance's memory was when its tracking began, and the parent epoch's."""
+    base_file = work.store.base_map(work.instance.id)
+    base = memsave.Image.load(base_file) if base_file.exists() else memsave.Image.zero(layout)
+    parent = work.machine.head
+    above = memsave.Image.load(work.store.map_file(parent)) if parent else None
+    if above is not None and above.layout != layout:
+        above = None  # other hardware since then: nothing to share with
+    return base, above
+
+
+def _figures(work: _Work, pause: _Pause, capture: memsave.Capture, written: memsave.WriteResult,
+             frozen: list[Frozen]) -> dict[str, Any]:
+    """What was measured, under the names of docs/json.md."""
+    return {
+        "pause_seconds": pause.total, "pause_steps": pause.steps,
+        "pages_new": written.new_pages, "pages_changed": written.changed_pages,
+        "pages_zero": written.zero_pages, "pages_sealed_in_pause": capture.sealed_pages,
+        "pages_precopied": capture.precopied_pages, "pages_resident": written.image.resident,
+        "pack_bytes": written.bytes_written, "flat": written.flat,
+        "disk_bytes": {part.disk: work.store.backend(part.frozen.backend).usage(part.frozen)
+                       for part in frozen},
+    }
 
 
 def checksum(data: bytes) -> str:
@@ -190,12 +207,9 @@ def _refuse_blockers(monitor: Monitor, machine: MachineRecord) -> None:
             reason.strip() for reason in reasons))
 
 
-def _check_space(work: _Work, precopied: int, *, first: bool) -> None:
-    """Refuse before the pause if the epoch might not fit."""
-    pages = precopied
-    if first or not precopied:
-        pages = max(pages, _anonymous_pages(work.instance.process.pid) if first else 0)
-    needed = pages * memsave.PAGE + SPACE_MARGIN
+def _check_space(work: _Work, pages: int) -> None:
+    """Refuse before the pause if ``pages``, and the copies of them on their way, might not fit."""
+    needed = 2 * pages * memsave.PAGE + SPACE_MARGIN
     stat = os.statvfs(work.store.path)
     free = stat.f_bavail * stat.f_frsize
     if free < needed:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from epochs.cli import COMMANDS
+from tests.json_fields import documented, fields
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("rich", "asyncio", "sqlite3", "qemu", "cffi", "memsave", "blockcow", "epochs.api")
 
 
@@ -162,23 +162,6 @@ def test_an_unexpected_error_is_still_a_sentence(store: Path, disk: Path) -> Non
     assert done.returncode in (4, 5)
     assert done.stderr.startswith("epochs: ")
     assert "Traceback" not in done.stderr
-
-
-def fields(document: object, prefix: str = "") -> set[str]:
-    """Dotted paths of all keys; lists count as their items."""
-    if isinstance(document, dict):
-        return {path for key, value in document.items()
-                for path in {f"{prefix}{key}"} | fields(value, f"{prefix}{key}.")}
-    if isinstance(document, list):
-        return {path for item in document for path in fields(item, prefix)}
-    return set()
-
-
-def documented(section: str) -> set[str]:
-    """Field names in the table under a heading of docs/json.md."""
-    text = (ROOT / "docs" / "json.md").read_text()
-    part = text.split(f"\n## {section}\n", 1)[1].split("\n## ", 1)[0]
-    return set(re.findall(r"^\| `([^`]+)` \|", part, re.MULTILINE))
 
 
 def test_json_fields_of_a_machine_are_the_documented_ones(store: Path, disk: Path) -> None:

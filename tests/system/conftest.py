@@ -44,8 +44,9 @@ def any_qemu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    """An empty store; at the end every guest in it is gone and nothing is left astray."""
+def store(tmp_path: Path, any_qemu: str) -> Iterator[Store]:
+    """An empty store, with every QEMU in turn; at the end every guest in it is gone and nothing is
+    left astray."""
     with Store(tmp_path / "store") as opened:
         yield opened
         opened.settle()

@@ -8,8 +8,12 @@ import re
 import select
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
 
@@ -94,6 +98,24 @@ def check_disks(store: Store, epoch: Epoch, scratch: Path) -> None:
         copy.unlink()
         assert checked.returncode == 0, (
             f"epoch {epoch.id[:12]} disk {disk}: {checked.stdout}{checked.stderr}")
+
+
+@contextmanager
+def mounted(directory: Path, kind: str, mib: int = 512) -> Iterator[Path]:
+    """A file system of its own on a loop device below ``directory``. Needs root."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    image, mount = directory / f"{kind}.img", directory / kind
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(mib * 2**20)
+    options = {"ext4": ["-q", "-m", "0"], "xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"]}[kind]
+    subprocess.run([f"mkfs.{kind}", *options, str(image)], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def processes_in(directory: Path) -> list[int]:

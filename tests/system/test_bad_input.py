@@ -15,7 +15,7 @@ import pytest
 from epochs import Machine, Store
 from memsave import MemsaveError
 
-from .guest import Artefacts, assert_tidy, run_cli, wait_witness
+from .guest import Artefacts, assert_tidy, mounted, run_cli, wait_console, wait_witness
 
 pytestmark = pytest.mark.guest
 Refuse = Callable[..., str]
@@ -221,24 +221,12 @@ def test_a_second_command_waits_with_a_message(store: Store, boot: Callable[...,
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """An ext4 file system of 512 MiB on a loop device."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    image, mount = tmp_path / "small.img", tmp_path / "small"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 * 2**20)
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
-    try:
+    with mounted(tmp_path, "ext4") as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 @pytest.mark.root
 def test_a_full_store(small: Path, tiny: Artefacts) -> None:
-    from .guest import wait_console
-
     with Store(small / "store") as store:
         web = store.add("web", tiny.spec(backend="qcow2"))
         try:
@@ -269,8 +257,6 @@ def test_a_store_that_fills_up_while_an_epoch_is_written(
         small: Path, tiny: Artefacts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head-room check passed, and then somebody else took the space."""
     from epochs.protocol import create
-
-    from .guest import wait_console
 
     monkeypatch.setattr(create, "_check_space", lambda *_, **__: None)
     with Store(small / "store") as store:

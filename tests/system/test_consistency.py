@@ -1,7 +1,8 @@
 """300 random operations with the witness writing throughout: memory and disks never part.
 
-CI runs one fixed seed for each QEMU, so that what it says of a commit can be repeated. $EPOCHS_SEED=N
-runs another and EPOCHS_SEED=random a new one, which is printed; $EPOCHS_OPERATIONS changes the number.
+CI runs one fixed seed with each QEMU, so that what it says of a commit can be repeated.
+EPOCHS_SEED=N runs another, EPOCHS_SEED=random a new one, which is printed; EPOCHS_OPERATIONS
+changes the number.
 """
 
 from __future__ import annotations

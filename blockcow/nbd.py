@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from .interface import BlockError, JsonDict
+from .tools import leashed
 
 SECONDS = 60
 LARGEST_READ = 8 << 20
@@ -124,7 +125,7 @@ def exported(blockdevs: Sequence[JsonDict], nodes: Sequence[str]) -> Iterator[li
             command += ["--export", f"type=nbd,id=e{number},node-name={node},name=e{number}"]
         try:
             daemon = subprocess.Popen(
-                command,
+                leashed(command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

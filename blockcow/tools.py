@@ -19,6 +19,15 @@ large tables; 2 GiB of address space is what ``qemu-img check`` takes for an 8 T
 (2 bytes of reference count per 64 KiB cluster, and as much again for the copy)."""
 
 
+def leashed(command: Sequence[str]) -> list[str]:
+    """The command with a wrapper that lets it die with this process (prctl(2), PR_SET_PDEATHSIG),
+    so that a kill of ours leaves no tool behind. FileNotFoundError if there is no such command."""
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(command[0])
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else list(command)
+
+
 def run(
     arguments: Sequence[str],
     *,
@@ -37,7 +46,7 @@ def run(
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            command,
+            leashed(command),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -86,7 +86,7 @@ def create(store: StoreFiles, machine: MachineRecord, *, message: str = "",
             work = _Work(store, machine, disks, instance, plan["epoch"], plan["pack"],
                          plan["layers"], monitor, under_way)
             epoch = _seal(work, message, tags, flat, progress, began)
-    upkeep.try_shorten_chains(store, machine)
+        upkeep.try_shorten_chains(store, machine)
     return epoch
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import sqlite3
 import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import blockcow
 import memsave
+import memsave.errors
 from epochs.errors import EpochsError
 from epochs.processes import ProcessId
 from epochs.qemu import binary, yama
@@ -78,6 +80,9 @@ def _tracking() -> Check:
         with memsave.GuestMemory(os.getpid(), layout,
                                  {"probe": ctypes.addressof(holder)}) as guest:
             method = guest.method
+    except memsave.errors.MemsaveError as error:
+        return Check("written pages", MISSING, str(error),
+                     "run on a kernel that lets you read your own /proc/PID/pagemap")
     finally:
         del holder
         page.close()
@@ -100,7 +105,8 @@ def _store(path: str | None) -> list[Check]:
     try:
         files = StoreFiles(path)
     except EpochsError as error:
-        return [Check("store", MISSING, str(error), "name another with --store")]
+        detail, _, mend = str(error).partition("; ")  # sentences end in their mend
+        return [Check("store", MISSING, detail, mend or "name another with --store")]
     try:
         stat = os.statvfs(files.path)
         free = stat.f_bavail * stat.f_frsize
@@ -109,7 +115,11 @@ def _store(path: str | None) -> list[Check]:
                   else Check("store", LACKING, f"{place}, only {space}",
                              "epochs delete, epochs gc"),
                   Check("disk backend", GOOD, blockcow.choose(files.layers_dir))]
-        checks += _machines(files)
+        try:
+            checks += _machines(files)
+        except sqlite3.DatabaseError as error:
+            checks.append(Check("catalog", MISSING, f"{files.catalog.path} cannot be read: {error}",
+                                "bring the store back from a backup, or name another with --store"))
         return checks
     finally:
         files.close()

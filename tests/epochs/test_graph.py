@@ -83,3 +83,111 @@ def test_ancestry_is_consistent(parents: dict[str, str | None], data: st.DataObj
     else:
         assert above[0] & above[1] == set(graph.ancestors(parents, common))
     assert graph.depth(parents, a) == len(above[0])
+
+
+HEX_IDS = st.lists(st.text("0123456789abcdef", min_size=12, max_size=12), min_size=1, max_size=20,
+                   unique=True)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> Names:
+    """Epochs with real-looking ids, machines on some of them, tags on some of them."""
+    ids = draw(HEX_IDS)
+    parents: dict[str, str | None] = {}
+    for number, one in enumerate(ids):
+        parents[one] = draw(st.sampled_from([None, *ids[:number]]))
+    machines = {name: (f"m-{name}", draw(st.sampled_from([None, *ids])))
+                for name in ("web", "database")}
+    tags = draw(st.lists(st.tuples(st.sampled_from(["stable", "old", "x.y"]),
+                                   st.sampled_from(["m-web", "m-database", "m-gone"]),
+                                   st.sampled_from(ids)),
+                         max_size=6, unique_by=lambda tag: tag[:2]))
+    return Names(parents, tags, machines)
+
+
+@given(histories(), st.data())
+def test_a_prefix_means_the_only_epoch_that_has_it(names: Names, data: st.DataObject) -> None:
+    epoch = data.draw(st.sampled_from(list(names.parents)))
+    prefix = epoch[:data.draw(st.integers(4, 12))]
+    matching = [one for one in names.parents if one.startswith(prefix)]
+    if len(matching) == 1:
+        assert resolve(prefix, names) == epoch
+    else:
+        with pytest.raises(Refused) as caught:
+            resolve(prefix, names)
+        assert all(one in str(caught.value) for one in matching)
+    with pytest.raises(NotFound, match="a prefix needs 4"):
+        resolve(epoch[:3], names)
+
+
+@given(histories(), st.data())
+def test_n_steps_back_are_n_parents(names: Names, data: st.DataObject) -> None:
+    epoch = data.draw(st.sampled_from(list(names.parents)))
+    line = list(graph.ancestors(names.parents, epoch))
+    steps = data.draw(st.integers(0, len(line) + 1))
+    for text in (f"{epoch}~{steps}", epoch + "~" * steps, epoch + "~1" * steps):
+        if steps < len(line):
+            assert resolve(text, names) == line[steps], text
+        else:
+            with pytest.raises(NotFound, match=f"only {len(line) - 1} before it"):
+                resolve(text, names)
+
+
+@given(histories())
+def test_a_tag_alone_works_exactly_when_it_means_one_epoch(names: Names) -> None:
+    for tag, owner, epoch in names.tags:
+        meant = {e for name, _, e in names.tags if name == tag}
+        if len(meant) == 1:
+            assert resolve(tag, names) == epoch
+        else:
+            with pytest.raises(Refused):
+                resolve(tag, names)
+        machine = next((m for m, (key, _) in names.machines.items() if key == owner), None)
+        if machine is not None:
+            assert resolve(f"{machine}@{tag}", names) == epoch, "its own tag before any other"
+
+
+@given(histories())
+def test_a_machine_means_its_head_and_inherits_tags_of_its_line(names: Names) -> None:
+    for machine, (key, head) in names.machines.items():
+        if head is None:
+            with pytest.raises(NotFound):
+                resolve(machine, names)
+            continue
+        assert resolve(machine, names) == head
+        line = set(graph.ancestors(names.parents, head))
+        for tag in {name for name, _, _ in names.tags}:
+            own = [e for name, owner, e in names.tags if name == tag and owner == key]
+            inherited = {e for name, _, e in names.tags if name == tag and e in line}
+            if own or len(inherited) == 1:
+                expected = own[0] if own else inherited.pop()
+                assert resolve(f"{machine}@{tag}", names) == expected
+            else:
+                with pytest.raises(NotFound):
+                    resolve(f"{machine}@{tag}", names)
+
+
+@given(st.text(max_size=30))
+def test_any_text_ends_in_an_epoch_or_an_error_of_ours(text: str) -> None:
+    try:
+        assert resolve(text, NAMES) in PARENTS
+    except (NotFound, Refused, UsageError) as error:
+        assert str(error)
+
+
+def test_a_branch_is_drawn_as_columns_that_join() -> None:
+    shown = [(line.drawing, line.epoch) for line in graph.draw(PARENTS, [A, B, D, C])]
+    assert shown == [("*", C), ("| *", D), ("* |", B), ("|/", None), ("*", A)]
+
+
+@given(forests())
+def test_a_drawing_is_no_wider_than_its_leaves_and_ends_empty(
+        parents: dict[str, str | None]) -> None:
+    leaves = len(parents) - len({p for p in parents.values() if p is not None})
+    for line in graph.draw(parents, list(parents)):
+        assert len(line.drawing) <= 2 * leaves - 1
+        assert set(line.drawing) <= set("*|/ ")
+
+
+def test_an_epoch_whose_parent_is_not_shown_ends_its_column() -> None:
+    assert [line.drawing for line in graph.draw({B: None, D: A}, [B, D])] == ["*", "*"]

@@ -18,38 +18,59 @@ as_root() {
 
 # need PACKAGE... : install those that are missing, in one call.
 need() {
-    local missing=() package
+    local missing
+    missing=$(missing_of "$@")
+    [ -n "$missing" ] || return 0
+    mkdir -p "$CACHE"
+    (
+        flock 7
+        missing=$(missing_of "$@") # another script may have installed them meanwhile
+        [ -n "$missing" ] || exit 0
+        say "installing $missing"
+        apt_update
+        # shellcheck disable=SC2086 # a list of words
+        apt_get install -y --no-install-recommends $missing
+    ) 7>"$CACHE/apt.lock"
+}
+
+missing_of() {
+    local package missing=()
     for package in "$@"; do
         dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed ||
             missing+=("$package")
     done
-    [ ${#missing[@]} = 0 ] && return
-    say "installing ${missing[*]}"
-    apt_update
-    as_root apt-get install -y --no-install-recommends "${missing[@]}" >"$CACHE/apt.log" 2>&1 ||
-        { tail -n 20 "$CACHE/apt.log" >&2; fail "apt-get install failed"; }
+    printf '%s' "${missing[*]}"
+}
+
+# apt-get as root, quiet unless it fails; waits for another apt instead of failing.
+apt_get() {
+    as_root apt-get -o DPkg::Lock::Timeout=300 "$@" </dev/null >"$CACHE/apt.log" 2>&1 7>&- 8>&- ||
+        { tail -n 20 "$CACHE/apt.log" >&2; fail "apt-get $1 failed"; }
 }
 
 # Package lists, once a day.
 apt_update() {
     mkdir -p "$CACHE"
-    if [ -z "$(find "$CACHE/apt-updated" -mmin -1440 2>/dev/null)" ]; then
-        as_root apt-get update >"$CACHE/apt.log" 2>&1 ||
-            { tail -n 20 "$CACHE/apt.log" >&2; fail "apt-get update failed"; }
+    (
+        flock 8
+        [ -z "$(find "$CACHE/apt-updated" -mmin -1440 2>/dev/null)" ] || exit 0
+        apt_get update
         touch "$CACHE/apt-updated"
-    fi
+    ) 8>"$CACHE/apt-update.lock"
 }
 
 # The address that this machine's own apt takes Debian from.
 mirror() {
+    # shellcheck disable=SC2016 # apt expands these
     apt-get indextargets --format '$(REPO_URI) $(SUITE) $(ORIGIN) $(LABEL)' 'Created-By: Packages' |
         awk '$3 == "Debian" && $4 == "Debian" { print $1; exit }'
 }
 
 # build NAME FUNCTION FILE... : run FUNCTION DIRECTORY unless the cache holds what it makes from the
-# FILEs as they are now; prints the directory. An interrupted build leaves nothing that counts.
+# FILEs as they are now; prints the directory. An interrupted build leaves nothing that counts. Not to
+# be called in a condition (if, ||, &&): there bash lets FUNCTION go on after a command failed.
 build() {
-    local name=$1 make=$2 key place work
+    local name=$1 make=$2 key place work status
     shift 2
     key=$(cat "$@" | sha256sum | cut -c1-16)
     place=$CACHE/$name-$key
@@ -57,12 +78,16 @@ build() {
     exec 9>"$CACHE/$name.lock"
     flock 9
     if [ ! -d "$place" ]; then
-        rm -rf "$CACHE/$name".tmp.*
+        rm -rf --one-file-system "$CACHE/$name".tmp.*
         work=$(mktemp -d "$CACHE/$name.tmp.XXXXXX")
         say "building $name"
-        if ! (set -e; "$make" "$work") >"$CACHE/$name.log" 2>&1 9>&-; then
+        set +e
+        (set -e; "$make" "$work") </dev/null >"$CACHE/$name.log" 2>&1 9>&-
+        status=$?
+        set -e
+        if [ $status != 0 ]; then
             tail -n 25 "$CACHE/$name.log" >&2
-            rm -rf "$work"
+            rm -rf --one-file-system "$work"
             fail "building $name failed; all of it is in $CACHE/$name.log"
         fi
         chmod 755 "$work"

@@ -59,11 +59,24 @@ apt_update() {
     ) 8>"$CACHE/apt-update.lock"
 }
 
-# The address that this machine's own apt takes Debian from.
+# set_up : the packages, then .venv in the background, while guests are built; wait_set_up ends it.
+set_up() {
+    "$ROOT/scripts/setup" packages
+    "$ROOT/scripts/setup" &
+    setup_pid=$!
+    trap wait EXIT # whatever fails, nothing goes on behind the user's back
+}
+
+wait_set_up() {
+    wait "$setup_pid" || fail "set-up failed"
+    trap - EXIT
+}
+
+# mirror LABEL : the address that this machine's own apt takes Debian (or Debian-Security) from.
 mirror() {
     # shellcheck disable=SC2016 # apt expands these
-    apt-get indextargets --format '$(REPO_URI) $(SUITE) $(ORIGIN) $(LABEL)' 'Created-By: Packages' |
-        awk '$3 == "Debian" && $4 == "Debian" { print $1; exit }'
+    apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' |
+        awk -v label="$1" '$1 == "Debian" && $2 == label && !done++ { print $3 }'
 }
 
 # build NAME FUNCTION FILE... : run FUNCTION DIRECTORY unless the cache holds what it makes from the
@@ -96,6 +109,26 @@ build() {
     fi
     exec 9>&-
     printf '%s\n' "$place"
+}
+
+# sources RELEASE DIRECTORY : lines for sources.list, from where this machine's own apt takes Debian, signed by the
+# keys of debian-archive-keyring as this machine's apt knows it: the installed one may be older than
+# RELEASE. It goes to DIRECTORY/keys.
+sources() {
+    local release=$1 directory=$2 keys=$2/keys/root/usr/share/keyrings/debian-archive-keyring.gpg
+    [ -e "$keys" ] || download "$directory/keys" debian-archive-keyring >&2
+    printf 'deb [signed-by=%s] %s %s main\n' "$keys" "$(mirror Debian)" "$release"
+    if [ -n "$(mirror Debian-Security)" ]; then
+        printf 'deb [signed-by=%s] %s %s-security main\n' "$keys" "$(mirror Debian-Security)" "$release"
+    fi
+}
+
+# How this machine's apt gets through to its mirror: proxies, certificates, clock checks. Written to a
+# file for mmdebstrap's --aptopt.
+apt_way() {
+    apt-config dump | grep -E '^Acquire::(http|https|ftp|Check-|Retries)' || true
+    echo 'APT::Install-Recommends "false";'
+    echo 'APT::Sandbox::User "root";'
 }
 
 # download DIRECTORY PACKAGE... : fetch .deb files into DIRECTORY and unpack them into DIRECTORY/root.

@@ -70,4 +70,6 @@ def cli(ctx: click.Context, store: str | None, as_json: bool) -> None:
     EPOCH is an id, a unique prefix of one (4 characters or more), a tag, MACHINE (its newest
     epoch), MACHINE@TAG, or any of these with ~N for the Nth ancestor.
     """
+    if store == "":
+        raise click.UsageError("--store needs a directory, it was given an empty name")
     ctx.obj = {"store": store, "json": as_json}

@@ -73,7 +73,15 @@ def _bridge(sock: socket.socket) -> None:
             sock.sendall(typed)
 
 
-@click.command("exec", context_settings={"ignore_unknown_options": True})
+class GuestCommand(click.Command):
+    """Options after NAME belong to the guest's command, unless a "--" says where that begins."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_interspersed_args = "--" in args
+        return super().parse_args(ctx, args)
+
+
+@click.command("exec", cls=GuestCommand, context_settings={"ignore_unknown_options": True})
 @click.option("--timeout", type=float, help="Seconds to wait for it (default: for ever).")
 @click.option("--stdin", "with_input", is_flag=True, help="Give it our standard input.")
 @machine_argument

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -93,10 +94,13 @@ def progress(ctx: click.Context) -> Iterator[Progress]:
 def _names(ctx: click.Context, kinds: str) -> list[str]:
     """Names for completion; an unusable store completes to nothing."""
     from epochs.errors import EpochsError
-    from epochs.store import StoreFiles
+    from epochs.store import StoreFiles, default_path
 
+    path = Path(ctx.find_root().params.get("store") or default_path())
+    if not (path / "catalog.sqlite").is_file():
+        return []  # pressing Tab makes no store
     try:
-        files = StoreFiles(ctx.find_root().params.get("store"))
+        files = StoreFiles(path)
     except EpochsError:
         return []
     try:

@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from epochs.errors import Busy, Refused
+from epochs.errors import Busy, Refused, UsageError
 
 WAIT_LIMIT = 60.0  # seconds that a second command waits for the first; $EPOCHS_WAIT overrides
 
 
 def wait_limit() -> float:
     """Seconds to wait for a lock."""
-    return float(os.environ.get("EPOCHS_WAIT", WAIT_LIMIT))
+    text = os.environ.get("EPOCHS_WAIT", str(WAIT_LIMIT))
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        raise UsageError(f"$EPOCHS_WAIT is '{text}'; it must be a number of seconds") from None
 
 
 @contextmanager

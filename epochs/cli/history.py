@@ -22,27 +22,38 @@ def log_command(ctx: click.Context, name: str | None, graph: bool) -> None:
     with opened(ctx) as store:
         store.settle()
         epochs = store.epochs(name)
-        lines = _graph(store, epochs) if graph else [
-            _line(store, epoch) for epoch in reversed(epochs)]
+        names = _names(store)
+        lines = _graph(names, epochs) if graph else [
+            _line(names, epoch) for epoch in reversed(epochs)]
         emit(ctx, {"epochs": [epoch.to_json() for epoch in reversed(epochs)]},
              "\n".join(lines) or "no epochs yet; 'epochs create MACHINE' makes one")
 
 
-def _line(store: Store, epoch: Epoch) -> str:
-    heads = [machine.name for machine in store.machines() if machine.record.head == epoch.id]
-    names = [f"{name}*" for name in heads] + epoch.tags
+def _names(store: Store) -> dict[str, list[str]]:
+    """Epoch id to what points at it: machines (with a star), then tags."""
+    found: dict[str, list[str]] = {}
+    for machine in store.machines():
+        if machine.record.head is not None:
+            found.setdefault(machine.record.head, []).append(f"{machine.name}*")
+    for tag, _, epoch in store.files.catalog.tags():
+        found.setdefault(epoch, []).append(tag)
+    return found
+
+
+def _line(names: dict[str, list[str]], epoch: Epoch) -> str:
+    own = names.get(epoch.id)
     return " ".join(part for part in (
-        epoch.id[:12], f"({', '.join(names)})" if names else "", epoch.record.machine_name,
+        epoch.id[:12], f"({', '.join(own)})" if own else "", epoch.record.machine_name,
         output.age(epoch.created), epoch.message,
         "DAMAGED" if epoch.record.damaged else "") if part)
 
 
-def _graph(store: Store, epochs: list[Epoch]) -> list[str]:
+def _graph(names: dict[str, list[str]], epochs: list[Epoch]) -> list[str]:
     from epochs import graph
 
     by_id = {epoch.id: epoch for epoch in epochs}
     parents = {epoch.id: epoch.parent if epoch.parent in by_id else None for epoch in epochs}
-    return [line.drawing + (f" {_line(store, by_id[line.epoch])}" if line.epoch else "")
+    return [line.drawing + (f" {_line(names, by_id[line.epoch])}" if line.epoch else "")
             for line in graph.draw(parents, list(by_id))]
 
 

@@ -123,7 +123,8 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
             store.catalog.distrust(work.instance.id)
         with guest.capture(work.instance.trusted, store.packs_dir) as capture:
             everything = base.flat is None or not work.instance.trusted
-            _check_space(work, _anonymous_pages(work.instance.process.pid) if everything else 0)
+            _check_space(work, min(layout.pages, _anonymous_pages(work.instance.process.pid))
+                         if everything else 0)
             if running and not work.machine.spec.extra:
                 # Devices of the user's own might write into guest memory behind the kernel's back
                 # (pinned pages); all of ours go through the page tables.

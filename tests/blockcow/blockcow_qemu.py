@@ -152,3 +152,13 @@ def tool(*arguments: str | Path) -> str:
     return subprocess.run(
         [str(a) for a in arguments], check=True, capture_output=True, text=True
     ).stdout
+
+
+def assert_same(found: bytes, expected: bytes, what: str = "image") -> None:
+    """Compare whole images. Not a bare ``==`` in an assert: where $CI is set pytest explains that
+    by a line-by-line difference of megabytes, which takes longer than any test may."""
+    if found != expected:
+        at = next((i for i, pair in enumerate(zip(found, expected, strict=False))
+                   if pair[0] != pair[1]), min(len(found), len(expected)))
+        raise AssertionError(
+            f"{what}: {len(found)} and {len(expected)} bytes, first unlike at {at}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from blockcow_qemu import MIB, Live, QmpRefused, image_bytes, tool
+from blockcow_qemu import MIB, Live, QmpRefused, assert_same, image_bytes, tool
 
 from blockcow import Backend, BlockError, Freeze, Layer, LayerDamaged, backend
 from blockcow.chains import Link, plan
@@ -80,7 +80,7 @@ class Machine:
         for layer_id, expected in self.images.items():
             layer = self.layers[layer_id]
             if layer.backing is not None:
-                assert image_bytes(directory / layer.file) == expected, layer_id
+                assert_same(image_bytes(directory / layer.file), expected, layer_id)
                 self.disks.check(layer, full=True)
         active = self.chain(self.active)
         nodes = backing_nodes(self.live, self.node)
@@ -108,10 +108,11 @@ def test_consolidate_holds_the_union_and_touches_nothing(
     before = {p.name: p.read_bytes() for p in layers.iterdir()}
     chain = machine.chain(ids[-1])
     made = disks.consolidate(chain, 3)
-    assert {n: (layers / n).read_bytes() for n in before} == before
+    for name, content in before.items():
+        assert_same((layers / name).read_bytes(), content, name)
     assert (made.id, made.backing, made.file) == (ids[3], ids[0], f"{ids[3]}.qcow2.merge")
     assert layers / made.file in disks.files(ids[3])
-    assert image_bytes(layers / made.file) == machine.images[ids[3]]
+    assert_same(image_bytes(layers / made.file), machine.images[ids[3]])
     header = read_overlay(layers / made.file)
     assert header is not None and header.backing_file == f"{ids[0]}.qcow2"
     disks.check(made, full=True)
@@ -132,7 +133,7 @@ def test_consolidate_down_to_the_base_names_it_absolutely(
     header = read_overlay(layers / made.file)
     assert header is not None
     assert (header.backing_file, header.backing_format) == (adopted.file, "raw")
-    assert image_bytes(layers / made.file) == machine.images[top]
+    assert_same(image_bytes(layers / made.file), machine.images[top])
 
 
 def test_zeros_over_data_stay_zeros_and_cost_nothing(
@@ -145,7 +146,7 @@ def test_zeros_over_data_stay_zeros_and_cost_nothing(
     machine.freeze()
     top = machine.freeze()
     made = disks.consolidate(machine.chain(top), 2)
-    assert image_bytes(layers / made.file) == machine.images[top]
+    assert_same(image_bytes(layers / made.file), machine.images[top])
     assert disks.usage(made) < MIB
 
 
@@ -227,7 +228,7 @@ def test_rebacking_while_writes_are_in_flight(
     machine.live.io(machine.node, "aio_flush")
     assert len(backing_nodes(machine.live, machine.node)) == 2
     frozen = machine.freeze()
-    assert image_bytes(layers / f"{frozen}.qcow2") == bytes(machine.model)
+    assert_same(image_bytes(layers / f"{frozen}.qcow2"), bytes(machine.model))
 
 
 def test_rebacking_with_an_iothread_and_a_device(
@@ -302,7 +303,7 @@ def test_a_moved_store_still_reads(machine: Machine, disks: Backend, layers: Pat
     machine.live.close()
     layers.rename(layers.with_name("elsewhere"))
     moved = layers.with_name("elsewhere")
-    assert image_bytes(moved / f"{top}.qcow2") == machine.images[top]
+    assert_same(image_bytes(moved / f"{top}.qcow2"), machine.images[top])
     backend("qcow2", moved).check(machine.layers[top], full=True)
 
 
@@ -352,7 +353,7 @@ def test_the_model_would_notice(machine: Machine, layers: Path) -> None:
     machine.write(0, 4096, 1)
     machine.live.write(machine.node, MIB, 4096, 99)
     machine.freeze()
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=f"first unlike at {MIB}"):
         machine.verify(layers)
     with pytest.raises(QmpRefused):
         machine.live.io(machine.node, "read -P 98 0 4096")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from blockcow_qemu import MIB, Live, tool
+from blockcow_qemu import MIB, Live, assert_same, tool
 
 from blockcow import (
     Backend,
@@ -85,7 +85,7 @@ def test_adopt_from_elsewhere_copies_with_progress(
     done: list[int] = []
     layer = links.adopt(base, "base", done.append)
     path = place / layer.file
-    assert path.read_bytes() == base.path.read_bytes()
+    assert_same(path.read_bytes(), base.path.read_bytes())
     assert sum(done) >= MIB and links.usage(layer) <= 2 * MIB
     assert layer.backing is None and stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -94,7 +94,8 @@ def test_adopt_converts_qcow2(links: Backend, place: Path, base: Source, tmp_pat
     path = tmp_path / "user.qcow2"
     tool("qemu-img", "convert", "-O", "qcow2", base.path, path)
     layer = links.adopt(Source(path, "qcow2", 8 * MIB), "base")
-    assert (place / layer.file).read_bytes() == base.path.read_bytes() and layer.format == "raw"
+    assert_same((place / layer.file).read_bytes(), base.path.read_bytes())
+    assert layer.format == "raw"
 
 
 def test_adopt_that_fails_leaves_nothing(links: Backend, place: Path, tmp_path: Path) -> None:
@@ -260,5 +261,5 @@ def test_random_walk(
         if len(kept) > 5:
             links.drop(kept.pop(rng.choice(sorted(kept)))[0])
     for layer, expected in kept.values():
-        assert (place / layer.file).read_bytes() == expected
+        assert_same((place / layer.file).read_bytes(), expected)
         assert links.check(layer, full=True) == replace(layer)

@@ -154,6 +154,9 @@ class Backend(Protocol):
     def clone(self, chain: Chain, layer_id: str) -> Layer:
         """A new writable (active) layer over the frozen layer ``chain[0]``."""
 
+    def sync(self, layer: Layer) -> None:
+        """Make a layer that was just cloned durable, so that the catalog may name it."""
+
     def blockdev(self, chain: Chain, node: str) -> list[JsonDict]:
         """``-blockdev`` arguments, in order, to open the active layer ``chain[0]`` as ``node``."""
 

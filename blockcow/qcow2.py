@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import qcow2_merge
-from .contents import Progress, checksum, sealed, signature
+from .contents import Progress, checksum, sealed, signature, sync_file
 from .damage import checked
 from .difference import differing
 from .interface import (
@@ -78,6 +78,10 @@ class Qcow2Backend:
         layer = overlay_layer(layer_id, below)
         create_overlay(self.directory / layer.file, below.size, below.file, below.format)
         return layer
+
+    def sync(self, layer: Layer) -> None:
+        sync_file(self.directory / layer.file)
+        sync_file(self.directory)
 
     def blockdev(self, chain: Chain, node: str) -> list[JsonDict]:
         """Raises LayerDamaged if a layer's file is missing."""

@@ -87,8 +87,7 @@ def _l1_entries(size: int) -> int:
 def create_overlay(path: Path, size: int, backing_file: str, backing_format: str) -> None:
     """Write an empty overlay, mode 0600, complete under its name or not there at all.
 
-    It is written as ``path`` + ``.tmp`` and renamed. Not fsynced: an overlay whose header did not
-    reach the disk holds no flushed guest data either, see :func:`read_overlay`.
+    It is written as ``path`` + ``.tmp`` and renamed. Not fsynced, see ``sync`` of the interface.
     """
     pieces = empty_overlay(size, backing_file, backing_format)
     temporary = path.with_name(path.name + ".tmp")

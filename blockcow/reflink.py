@@ -228,6 +228,10 @@ class ReflinkBackend:
         _refer(self.directory / layer.file, below)
         return layer
 
+    def sync(self, layer: Layer) -> None:
+        sync_file(self.directory / layer.file)
+        sync_file(self.directory)
+
     def blockdev(self, chain: Chain, node: str) -> list[JsonDict]:
         path = self.directory / chain[0].file
         if not path.exists():

@@ -19,7 +19,7 @@ belongs to the thread that made it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -125,8 +125,9 @@ class Machine:
             return switch.start(self._store.files, record)
 
     def stop(self, *, kill: bool = False, timeout: float = lifecycle.STOP_LIMIT) -> None:
-        """Power off; ``kill`` pulls the plug."""
-        with self._store.locked(self.name) as record:
+        """Power off; ``kill`` pulls the plug, also of a hypervisor that does not answer."""
+        before = lifecycle.pull_plug if kill else None
+        with self._store.locked(self.name, before) as record:
             lifecycle.stop(self._store.files, record, kill=kill, limit=timeout)
 
     def pause(self) -> None:
@@ -207,7 +208,8 @@ class Machine:
 
     def remove(self, *, with_epochs: bool = False, force: bool = False) -> lifecycle.Removal:
         """Forget the machine and its present disks; its epochs stay unless asked for."""
-        with self._store.locked(self.name) as record:
+        before = lifecycle.pull_plug if force else None
+        with self._store.locked(self.name, before) as record:
             return lifecycle.remove(self._store.files, record, with_epochs=with_epochs,
                                     force=force)
 
@@ -223,20 +225,30 @@ class Machine:
 
 
 class _Locked:
-    """``with store.locked(name) as record``: the machine's lock, then its row as it is now."""
+    """``with store.locked(name) as record``: the machine's lock, whatever was begun on it settled,
+    then its row as it is now. ``before`` is done with the lock held, before anything is settled."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        record = store.files.catalog.machine(name)
-        self._store, self._name = store, name
-        self._lock = store.files.machine_lock(record.id, name)
+    def __init__(self, store: Store, name: str,
+                 before: Callable[[StoreFiles, MachineRecord], None] | None = None) -> None:
+        self._store, self._name, self._before = store, name, before
 
     def __enter__(self) -> MachineRecord:
-        self._lock.__enter__()
-        try:
-            return self._store.files.catalog.machine(self._name)
-        except BaseException:
+        files = self._store.files
+        while True:
+            record = files.catalog.machine(self._name)
+            self._lock = files.machine_lock(record.id, self._name)
+            self._lock.__enter__()
+            try:
+                # While we waited it may have been removed, and another one added by its name.
+                if files.catalog.machine(self._name).id == record.id:
+                    if self._before is not None:
+                        self._before(files, record)
+                    self._store.tell(recover.settle_machine(files, record.id))
+                    return files.catalog.machine(self._name)
+            except BaseException:
+                self._lock.__exit__(None, None, None)
+                raise
             self._lock.__exit__(None, None, None)
-            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -262,16 +274,20 @@ class Store:
     # -- upkeep of the store itself --------------------------------------------------------------
     def settle(self) -> list[recover.Recovered]:
         """Run ``recover`` and tell the notice function what it did."""
-        settled = recover.recover(self.files)
+        return self.tell(recover.recover(self.files))
+
+    def tell(self, settled: list[recover.Recovered]) -> list[recover.Recovered]:
+        """Tell the notice function what was settled; returns it."""
         for one in settled:
             where = f" of machine '{one.machine}'" if one.machine else ""
             self.files.notice(f"an interrupted {one.kind}{where} was {one.outcome}")
         return settled
 
-    def locked(self, name: str) -> _Locked:
+    def locked(self, name: str,
+               before: Callable[[StoreFiles, MachineRecord], None] | None = None) -> _Locked:
         """Settle, then hold a machine's lock."""
         self.settle()
-        return _Locked(self, name)
+        return _Locked(self, name, before)
 
     # -- machines --------------------------------------------------------------------------------
     def machines(self) -> list[Machine]:

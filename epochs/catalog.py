@@ -67,6 +67,9 @@ CREATE TABLE journal (
     pid INTEGER NOT NULL, start_time INTEGER NOT NULL, boot TEXT NOT NULL, started REAL NOT NULL,
     plan TEXT NOT NULL) STRICT;
 CREATE INDEX epochs_by_parent ON epochs(parent);
+CREATE INDEX epochs_by_machine ON epochs(machine);
+CREATE INDEX disks_by_active ON disks(active);
+CREATE INDEX disks_by_base ON disks(base);
 CREATE INDEX layers_by_backing ON layers(backing);
 CREATE INDEX epoch_disks_by_layer ON epoch_disks(layer);
 CREATE INDEX epoch_packs_by_pack ON epoch_packs(pack);
@@ -275,11 +278,10 @@ class Catalog:
         return [self._layer(row) for row in self._db.execute(f"SELECT {self._LAYER} FROM layers")]
 
     def layer(self, layer_id: str) -> Layer:
-        row = self._db.execute(f"SELECT {self._LAYER} FROM layers WHERE id = ?",
-                               (layer_id,)).fetchone()
-        if row is None:
+        found = self.find_layer(layer_id)
+        if found is None:
             raise Failed(f"the catalog misses layer {layer_id}")
-        return self._layer(row)
+        return found
 
     def chain(self, layer_id: str) -> list[Layer]:
         """The layer and everything beneath it, top first."""
@@ -301,6 +303,27 @@ class Catalog:
             "signature=excluded.signature, level=excluded.level",
             (layer.id, layer.backend, layer.format, layer.file, layer.size, layer.backing,
              layer.checksum, layer.signature, layer.level))
+
+    def find_layer(self, layer_id: str) -> Layer | None:
+        row = self._db.execute(f"SELECT {self._LAYER} FROM layers WHERE id = ?",
+                               (layer_id,)).fetchone()
+        return self._layer(row) if row else None
+
+    def layer_needed(self, layer_id: str) -> bool:
+        """Whether an epoch, a machine or another layer needs a layer."""
+        return bool(self._db.execute(
+            "SELECT EXISTS (SELECT 1 FROM epoch_disks WHERE layer = ?1) "
+            "OR EXISTS (SELECT 1 FROM disks WHERE base = ?1 OR active = ?1) "
+            "OR EXISTS (SELECT 1 FROM layers WHERE backing = ?1)", (layer_id,)).fetchone()[0])
+
+    def any_unwanted_layer(self) -> bool:
+        """Whether a layer is only there as backing, or for nothing at all. Asked by every command,
+        so it does not read the layers into memory."""
+        return bool(self._db.execute(
+            "SELECT EXISTS (SELECT 1 FROM layers l WHERE "
+            "NOT EXISTS (SELECT 1 FROM epoch_disks WHERE layer = l.id) "
+            "AND NOT EXISTS (SELECT 1 FROM disks WHERE base = l.id OR active = l.id))"
+        ).fetchone()[0])
 
     def remove_layer(self, layer_id: str) -> None:
         self._db.execute("DELETE FROM layers WHERE id = ?", (layer_id,))
@@ -337,6 +360,12 @@ class Catalog:
         if row is None:
             raise NotFound(f"there is no epoch {epoch_id}")
         return self._epoch(row)
+
+    def epochs_of(self, machine_id: str) -> list[str]:
+        """Ids of the epochs that were made of a machine, oldest first."""
+        rows = self._db.execute("SELECT id FROM epochs WHERE machine = ? ORDER BY created, rowid",
+                                (machine_id,))
+        return [row[0] for row in rows]
 
     def epochs_by_prefix(self, prefix: str) -> list[str]:
         rows = self._db.execute("SELECT id FROM epochs WHERE substr(id, 1, ?) = ? LIMIT 3",
@@ -453,6 +482,10 @@ class Catalog:
     def journal(self) -> list[JournalRecord]:
         return [self._journal(row)
                 for row in self._db.execute("SELECT * FROM journal ORDER BY started")]
+
+    def find_journal(self, journal_id: str) -> JournalRecord | None:
+        row = self._db.execute("SELECT * FROM journal WHERE id = ?", (journal_id,)).fetchone()
+        return self._journal(row) if row else None
 
     def begin(self, record: JournalRecord) -> None:
         self._db.execute("INSERT INTO journal VALUES (?,?,?,?,?,?,?,?,?)", (

@@ -73,7 +73,7 @@ def _tracking() -> Check:
     """Track a page of this very process: the same calls as a capture makes."""
     import mmap
 
-    page = mmap.mmap(-1, mmap.PAGESIZE)
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     holder = (ctypes.c_char * mmap.PAGESIZE).from_buffer(page)
     layout = memsave.Layout((memsave.Block("probe", mmap.PAGESIZE),))
     try:

@@ -49,6 +49,10 @@ POINTS: dict[str, tuple[str, ...]] = {
         "delete.forgotten",
         "delete.files-dropped",
     ),
+    # What settles an operation that was given up can itself be killed.
+    "undo-create": ("undo-create.resumed", "undo-create.unfrozen"),
+    "undo-switch": ("undo-switch.processes-gone", "undo-switch.files-gone"),
+    "undo-consolidate": ("undo-consolidate.dropped",),
     "consolidate": (
         "consolidate.intended",
         "consolidate.built",

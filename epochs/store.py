@@ -54,7 +54,8 @@ class StoreFiles:
     """Paths, locks and the catalog of one store; no decisions."""
 
     def __init__(self, path: Path | str | None = None, notice: Notice = silent) -> None:
-        self.path = Path(path or default_path()).absolute()
+        # Without symbolic links, as /proc says where a hypervisor's working directory is.
+        self.path = Path(path or default_path()).resolve()
         self.notice = notice
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,6 +115,21 @@ class StoreFiles:
         with locks.hold(self.path / "locks" / f"machine-{machine_id}", f"machine '{name}'",
                         notice=self.notice):
             yield
+
+    @contextmanager
+    def try_operation_lock(self, machine_id: str | None, operation_id: str) -> Iterator[bool]:
+        """The lock under which an operation that was given up is settled: its machine's, or one of
+        its own. Yields False at once if somebody holds it."""
+        name = f"machine-{machine_id}" if machine_id else f"op-{operation_id}"
+        with locks.attempt(self.path / "locks" / name) as got:
+            yield got
+            if got and not machine_id:
+                (self.path / "locks" / name).unlink(missing_ok=True)
+
+    def forget_machine_lock(self, machine_id: str) -> None:
+        """Remove the lock file of a machine that is gone. Whoever waits for it finds out that the
+        machine is gone when it gets it."""
+        (self.path / "locks" / f"machine-{machine_id}").unlink(missing_ok=True)
 
     @contextmanager
     def shared(self) -> Iterator[None]:

@@ -48,7 +48,8 @@ class Copies:
 
 
 class Capture:
-    """One capture, in the order precopy (optional), reserve, seal, write. A context manager.
+    """One capture, in the order precopy (optional), reserve, seal (until untouched), write. A
+    context manager.
 
     MemsaveError from any of them means that this capture is lost, and that the next one of the
     process must not trust the tracking (``trusted=False``).
@@ -118,9 +119,15 @@ class Capture:
         self._found.reserve(2 * len(dirty) + 4096)
 
     def seal(self) -> None:
-        """In the pause: collect what was written since, and copy it aside. Nothing else."""
-        self._require(sealed=False)
+        """In the pause: collect what was written since, and copy it aside. Nothing else. Done again
+        it adds what was written since the last time."""
+        if self._closed:
+            raise MemsaveError("this capture is closed")
+        if self._sealed and self._room is not None:
+            self._copies = self._copies.updated(self._found, self._room.data)
+            self._found, self._room = Ranges(), None
         self._tracker.collect(self._found, everything=self._everything, protect=True)
+        self._everything = self._everything and not self._tracker.exact
         size = self._found.pages * PAGE
         if self._room is None or self._room.size < size:  # more than was foreseen: slow but right
             self._room = Buffer(max(size, PAGE))
@@ -128,7 +135,21 @@ class Capture:
         self._tracker.read(self._found, self._room.data, _threads(size))
         self._tracker.require_alive()
         self._sealed = True
-        self.sealed_pages = self._found.pages
+        self.sealed_pages += self._found.pages
+
+    @property
+    def exact(self) -> bool:
+        """Whether :meth:`untouched` can tell."""
+        return self._tracker.exact
+
+    def untouched(self) -> bool:
+        """In the pause: whether nothing was written since :meth:`seal`. A hypervisor's devices may
+        write for a paused guest, too: the host's side of a serial port does. Exact tracking only.
+        """
+        self._require(sealed=True)
+        if not self._tracker.exact:
+            raise MemsaveError("without exact tracking nobody knows what was written")
+        return len(self._dirty()) == 0
 
     def write(self, base: Image, parent: Image | None, packs: PackStore, pack_id: str, *,
               flat: bool | None = None, progress: Progress | None = None) -> WriteResult:

@@ -55,15 +55,17 @@ def sealed(magic: bytes, body: Iterable[bytes]) -> bytes:
     return data + TRAILER.pack(native.hash_bytes(data))
 
 
-def write_temporary(path: Path, data: bytes) -> None:
-    """Write and fsync ``data`` beside ``path``; nothing is left behind on failure (OSError)."""
+def write_temporary(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write ``data`` beside ``path``, and fsync it unless ``durable`` is False; nothing is left
+    behind on failure (OSError)."""
     beside = temporary(path)
     fd = create(beside)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view):]
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

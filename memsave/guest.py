@@ -18,8 +18,8 @@ class GuestMemory:
     """Guest RAM inside process ``pid``: ``addresses`` maps block names to host virtual addresses.
 
     ``method``: "auto", "userfaultfd", "anonymous", or "pagemap" (as "anonymous", on kernels
-    without PAGEMAP_SCAN). Needs permission to ptrace the process. Raises MemsaveError. A context
-    manager; captures must be closed before.
+    without PAGEMAP_SCAN). Needs permission to ptrace the process. Raises MemsaveError, also for
+    blocks that are not private memory. A context manager; captures must be closed before.
     """
 
     def __init__(self, pid: int, layout: Layout, addresses: Mapping[str, int], *,

@@ -34,8 +34,10 @@ class Image:
     def __init__(self, layout: Layout, pack_ids: Sequence[str], runs: Runs,
                  flat: str | None) -> None:
         """``runs`` number packs as ``pack_ids`` lists them; packs that none needs are left out."""
-        used = {pack for _, _, _, pack in runs}
-        needed = {pack_ids[number] for number in used} | ({flat} if flat is not None else set())
+        needed = {pack_id for pack_id, pages in zip(pack_ids, runs.by_pack(len(pack_ids)),
+                                                    strict=True) if pages}
+        if flat is not None:
+            needed.add(flat)
         self.layout = layout
         self.flat = flat
         self.pack_ids = tuple(sorted(needed))
@@ -76,12 +78,14 @@ class Image:
             body += [PACK.pack(len(pack_id), 0), files.padded(pack_id.encode())]
         return files.sealed(MAGIC, [*body, self.runs.tobytes()])
 
-    def save(self, path: Path | str) -> None:
-        """Replace ``path`` by the page map, atomically and durably (mode 0600). Raises OSError."""
+    def save(self, path: Path | str, *, durable: bool = True) -> None:
+        """Replace ``path`` by the page map, atomically (mode 0600); unless ``durable`` is False, so
+        that it outlives a power cut, too. Raises OSError."""
         path = Path(path)
-        files.write_temporary(path, self.to_bytes())
+        files.write_temporary(path, self.to_bytes(), durable=durable)
         files.temporary(path).rename(path)
-        files.sync_directory(path.parent)
+        if durable:
+            files.sync_directory(path.parent)
 
     @classmethod
     def load(cls, path: Path | str) -> Image:

@@ -92,6 +92,12 @@ class Runs:
         """Pages in all runs."""
         return int(lib.ms_runs_pages(self.c))
 
+    def by_pack(self, packs: int) -> list[int]:
+        """Pages in runs of each of ``packs`` pack numbers (none of which is ZERO)."""
+        found = ffi.new("uint64_t[]", max(packs, 1))
+        lib.ms_runs_by_pack(self.c, found)
+        return list(found)[:packs]
+
     def push(self, page: int, slot: int, count: int, pack: int) -> None:
         """Append a run behind all others."""
         error = new_error()

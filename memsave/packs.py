@@ -146,6 +146,11 @@ class PackStore:
         """Bytes on disk of both files (holes take none). Raises OSError if one is missing."""
         return sum(path.stat().st_blocks * 512 for path in self.final_files(pack_id))
 
+    def room(self) -> int:
+        """Bytes that are free in the directory's file system. Raises OSError."""
+        stat = os.statvfs(self.directory)
+        return stat.f_bavail * stat.f_frsize
+
     def signature(self, pack_id: str) -> str:
         """What stat says of both files: "size:mtime:ctime:inode" (ns) each, joined with ';'.
 

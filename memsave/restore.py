@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from memsave.errors import MemsaveError
 from memsave.image import Image, renumber
-from memsave.layout import PAGE, Layout
+from memsave.layout import Layout
 from memsave.native import Runs, Segments, check, ffi, lib, new_error
 from memsave.packs import PackStore, PackTable
-from memsave.tracking import Ranges, Tracker
+from memsave.tracking import Tracker
 
 
 def patch(tracker: Tracker, layout: Layout, image: Image, packs: PackStore, over: Image) -> int:
@@ -25,13 +23,9 @@ def patch(tracker: Tracker, layout: Layout, image: Image, packs: PackStore, over
     first = layout.blocks[0].pages
     segments.add_difference(wanted, held, 0, first)
     for number, block in enumerate(layout.blocks[1:], start=1):
-        # Whatever a fresh hypervisor put there (ROM contents) goes, so every page counts. Memory
-        # that nobody touched reads as zero, if it is anonymous.
-        if _anonymous(tracker, number):
-            live = tracker.populated(number)
-        else:
-            live = Ranges()
-            live.push(first, block.pages)
+        # Whatever a fresh hypervisor put there (ROM contents) goes, so every page counts that is
+        # there; anonymous memory that nobody touched reads as zero.
+        live = tracker.populated(number)
         check(lib.ms_runs_over_live(wanted.c, live.c, first, first + block.pages, segments.c,
                                     error), error, "page map")
         first += block.pages
@@ -47,19 +41,3 @@ def in_use(runs: Runs, table: PackTable) -> Runs:
     out, error = Runs(), new_error()
     check(lib.ms_runs_in_use(table.c, runs.c, out.c, error), error, "page map")
     return out
-
-
-def _anonymous(tracker: Tracker, number: int) -> bool:
-    """Whether a block lies in anonymous memory, by /proc/PID/maps (inode 0)."""
-    block = tracker.c.blocks[number]
-    at, end = int(block.address), int(block.address + block.pages * PAGE)
-    for line in Path(f"/proc/{tracker.pid}/maps").read_text().splitlines():
-        area, _, _, _, inode = line.split()[:5]
-        low, high = (int(part, 16) for part in area.split("-"))
-        if low <= at < high:
-            if inode != "0":
-                return False
-            at = high
-        if at >= end:
-            return True
-    return False

@@ -16,7 +16,8 @@ import fcntl
 import os
 import select
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,38 @@ REGISTER = struct.Struct("QQQQ")  # start, length, mode, ioctls (out)
 MODE_WP = 2  # UFFDIO_REGISTER_MODE_WP
 METHODS = ("auto", "userfaultfd", "anonymous", "pagemap")
 NO_SCAN = "MEMSAVE_NO_PAGEMAP_SCAN"  # set in the environment: as on a kernel before 6.7
+
+
+@dataclass(frozen=True)
+class Area:
+    """A line of /proc/PID/maps; ``inode`` is 0 for anonymous memory."""
+
+    start: int
+    end: int
+    shared: bool
+    inode: int
+
+
+def areas_of(pid: int) -> list[Area]:
+    """The mappings of a process, ascending. Raises OSError."""
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        area, mode, _, _, inode = line.split()[:5]
+        start, end = (int(part, 16) for part in area.split("-"))
+        found.append(Area(start, end, mode[3] == "s", int(inode)))
+    return found
+
+
+def covering(areas: Sequence[Area], start: int, end: int) -> list[Area] | None:
+    """The mappings that hold [start, end) without a gap, or None."""
+    found = []
+    for area in areas:
+        if area.start <= start < area.end:
+            found.append(area)
+            start = area.end
+            if start >= end:
+                return found
+    return None
 
 
 def preload_library() -> Path:
@@ -89,6 +122,7 @@ class Tracker:
                                "kernel.yama.ptrace_scope must allow it") from error
         try:
             self._blocks = self._describe(layout, addresses)
+            self._refuse_shared(layout)
             self.c = ffi.new("ms_guest *", {"pid": pid, "pagemap": self._pagemap, "scan": 0,
                                             "nblocks": len(layout.blocks),
                                             "blocks": self._blocks})
@@ -114,6 +148,19 @@ class Tracker:
                               "address": addresses[block.name]}
             first += block.pages
         return blocks
+
+    def _refuse_shared(self, layout: Layout) -> None:
+        """A block in a shared mapping, or one besides block 0 with a file behind it, would be
+        found empty by every scan, and restoring it would write into what others use, too."""
+        areas = areas_of(self.pid)
+        for number, block in enumerate(layout.blocks):
+            at = int(self._blocks[number].address)
+            found = covering(areas, at, at + block.size)
+            if found is None or any(area.shared or (number and area.inode) for area in found):
+                raise MemsaveError(
+                    f"RAM block '{block.name}' of process {self.pid} is not private memory of its "
+                    "own: memory that is shared (memory-backend-memfd or -file, ivshmem) cannot be "
+                    "captured")
 
     def _attach(self) -> int:
         """A copy of the process' userfaultfd with all blocks registered, or -1."""

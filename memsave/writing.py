@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from memsave import folding
 from memsave.errors import MemsaveError
 from memsave.image import Image, renumber
-from memsave.layout import Layout
+from memsave.layout import PAGE, Layout
 from memsave.native import Runs, Segments, check, ffi, lib, new_error
 from memsave.packs import PackStore, PackTable, PackWriter
 
 CHUNK = 16384  # pages between two calls of progress
+SPARE = 64 * 2**20  # bytes that flat packs and folding leave free
 
 Progress = Callable[[int, int], None]
 
@@ -22,7 +24,8 @@ class WriteResult:
     """``image`` and, unless nothing had to be stored, the new pack's id.
 
     Pages: ``changed_pages`` differ from the base, of those ``zero_pages`` became zero and
-    ``new_pages`` had to be stored. ``bytes_written``: what the new pack takes on disk.
+    ``new_pages`` had to be stored. ``folded_pages`` were copied from packs that the image needs no
+    longer. ``bytes_written``: what the new pack takes on disk.
     """
 
     image: Image
@@ -30,6 +33,7 @@ class WriteResult:
     new_pages: int
     changed_pages: int
     zero_pages: int
+    folded_pages: int
     bytes_written: int
     flat: bool
 
@@ -106,21 +110,40 @@ def write_image(layout: Layout, copies: Any, base: Image, parent: Image | None, 
     runs = base_runs.overlaid(found.updates(new_pack, flat=False))
     nearest = base.flat or (parent.flat if parent is not None else None)
     if flat is None:
-        flat = nearest is None or _far(layout, runs, ids.index(nearest), table)
-    written = 0
+        flat = nearest is None or (_far(layout, runs, ids.index(nearest), table)
+                                   and _fits(packs, runs.pages))
+    written, folded = 0, 0
     if flat:
         runs = base_runs.overlaid(found.updates(new_pack, flat=True))
         with PackWriter(packs, pack_id) as writer:
             runs, written = _write_flat(layout, writer, runs, found, table, new_pack)
         nearest = pack_id
-    elif found.new:
-        with PackWriter(packs, pack_id) as writer:
-            found.store(writer.fd, flat=False, doing=writer.doing)
-            written = writer.finish(flat=False, slots=found.new, spans=[(0, found.new)],
-                                    checksums=bytes(ffi.buffer(found.new_hashes())))
+    else:
+        folds = _folds(runs, ids, nearest, found.new)
+        if not _fits(packs, found.new + sum(folds.values())):
+            folds = {}
+        if found.new or folds:
+            with PackWriter(packs, pack_id) as writer:
+                runs, folded, written = _write_delta(writer, runs, found, table, folds, new_pack)
     image = Image(layout, [*ids, pack_id], runs, nearest)
-    return WriteResult(image, pack_id if flat or found.new else None, found.new, found.changed,
-                       found.zero, written, flat)
+    return WriteResult(image, pack_id if flat or found.new or folded else None, found.new,
+                       found.changed, found.zero, folded, written, flat)
+
+
+def _fits(packs: PackStore, pages: int) -> bool:
+    """Whether there is room for what could be left for later, with something to spare. A store
+    that is nearly full is no reason to refuse an epoch that fits into it."""
+    try:
+        return packs.room() > pages * PAGE + SPARE
+    except OSError as error:
+        raise MemsaveError(f"{packs.directory}: {error.strerror}") from error
+
+
+def _folds(runs: Runs, ids: list[str], nearest: str | None, new: int) -> dict[int, int]:
+    """Pack numbers to fold into the new pack, with the pages that each holds of the image."""
+    live = {number: pages for number, pages in enumerate(runs.by_pack(len(ids) + 1)[:-1])
+            if pages and ids[number] != nearest}
+    return {number: live[number] for number in folding.plan(live, new)}
 
 
 def _far(layout: Layout, runs: Runs, flat: int, table: PackTable) -> bool:
@@ -137,6 +160,27 @@ def mapped(pages: int, flat: int, table: PackTable) -> Runs:
     view.push(0, 0, pages, flat)
     check(lib.ms_runs_in_use(table.c, view.c, out.c, error), error, "page map")
     return out
+
+
+def _write_delta(writer: PackWriter, runs: Runs, found: Classified, table: PackTable,
+                 folds: dict[int, int], new_pack: int) -> tuple[Runs, int, int]:
+    """Store the new pages, behind them those of the folded packs, each checked on the way.
+    Returns the image's runs, the pages folded, and the bytes written."""
+    found.store(writer.fd, flat=False, doing=writer.doing)
+    folded = sum(folds.values())
+    slots = found.new + folded
+    sums = ffi.new("uint64_t[]", slots)
+    ffi.memmove(sums, found.new_hashes(), found.new * 8)
+    if folds:
+        marks, out, error = ffi.new("uint8_t[]", new_pack + 1), Runs(), new_error()
+        for number in folds:
+            marks[number] = 1
+        table.check(lib.ms_fold(table.c, runs.c, marks, new_pack, writer.fd, found.new,
+                                sums + found.new, out.c, error), error, writer.doing)
+        runs = out
+    written = writer.finish(flat=False, slots=slots, spans=[(0, slots)],
+                            checksums=bytes(ffi.buffer(sums)))
+    return runs, folded, written
 
 
 def _write_flat(layout: Layout, writer: PackWriter, runs: Runs, found: Classified,

@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import blockcow
 import memsave
-from blockcow import Frozen, Layer
+from blockcow import BlockError, Frozen, Layer
 from epochs import points
 from epochs.catalog import DiskRecord, EpochRecord, InstanceRecord, JournalRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree, sync_directory, write_file
-from epochs.errors import HypervisorDied, Refused, UsageError
+from epochs.errors import EpochsError, Failed, HypervisorDied, Refused, UsageError
 from epochs.graph import TAG
 from epochs.protocol import upkeep
 from epochs.protocol.instances import RUNNING, open_monitor, require_live
@@ -32,6 +33,10 @@ from epochs.store import StoreFiles, new_id
 
 SPACE_MARGIN = 16 * 2**20  # bytes kept free beyond what an epoch may need
 RAW_STATE = "device.raw"
+SEALS = 8  # times that the state is saved anew if devices write to memory meanwhile
+# Run states in which nothing but we lets the guest go on. Not: suspended to RAM, whence its own
+# alarm clock wakes it; powered off; stopped by QEMU for an error.
+HELD = ("paused", "prelaunch", "postmigrate")
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total), both in the same unit."""
@@ -75,11 +80,13 @@ def create(store: StoreFiles, machine: MachineRecord, *, message: str = "",
     check_tags(store, machine, tags)
     with store.shared():
         began = time.perf_counter()
+        machine = store.catalog.machine(machine.name)  # its head may just have been deleted
         instance = require_live(store, machine)
         disks = store.catalog.disks(machine.id)
         plan: dict[str, Any] = {
             "epoch": new_id(), "pack": new_id(), "instance": instance.id,
             "layers": {disk.name: new_id() for disk in disks},
+            "active": {disk.name: disk.active for disk in disks},
         }
         with operation(store, "create", machine.id, plan, undo) as under_way, \
                 open_monitor(store, instance) as monitor:
@@ -106,7 +113,7 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
           progress: Progress, began: float) -> EpochRecord:
     store, monitor = work.store, work.monitor
     points.hit("create.intended")
-    running = monitor.status() == RUNNING
+    running = _runs(monitor, work.machine)
     _refuse_blockers(monitor, work.machine)
     work.operation.phase("preparing", running=running)
     make_directory(work.directory)
@@ -130,12 +137,13 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
                 # (pinned pages); all of ours go through the page tables.
                 capture.precopy()
             _check_space(work, capture.precopied_pages)
-            tickets = _prepare_disks(work)
-            points.hit("create.prepared")
-            capture.reserve()
-            pause = _pause(work, tickets, capture, running)
-            points.hit("create.resumed")
-            frozen = _seal_disks(work, tickets)
+            with _prepared_disks(work) as tickets:
+                points.hit("create.prepared")
+                capture.reserve()
+                pause = _pause(work, tickets, capture, running)
+                monitor.close()  # QEMU serves one client: let others ask while we write
+                points.hit("create.resumed")
+                frozen = [part for ticket in tickets for part in ticket.seal()]
             progress("disks", 1, 1)
             points.hit("create.disks-sealed")
             written = capture.write(base, above, packs, work.pack, flat=flat,
@@ -188,7 +196,8 @@ def _figures(work: _Work, pause: _Pause, capture: memsave.Capture, written: mems
     return {
         "pause_seconds": pause.total, "pause_steps": pause.steps,
         "pages_new": written.new_pages, "pages_changed": written.changed_pages,
-        "pages_zero": written.zero_pages, "pages_sealed_in_pause": capture.sealed_pages,
+        "pages_zero": written.zero_pages, "pages_folded": written.folded_pages,
+        "pages_sealed_in_pause": capture.sealed_pages,
         "pages_precopied": capture.precopied_pages, "pages_resident": written.image.resident,
         "pack_bytes": written.bytes_written, "flat": written.flat,
         "disk_bytes": {part.disk: work.store.backend(part.frozen.backend).usage(part.frozen)
@@ -199,6 +208,15 @@ def _figures(work: _Work, pause: _Pause, capture: memsave.Capture, written: mems
 def checksum(data: bytes) -> str:
     """BLAKE2b-128 of a small blob, in hexadecimal."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _runs(monitor: Monitor, machine: MachineRecord) -> bool:
+    """Whether the guest runs (else it is held); Refused if it is neither."""
+    status = monitor.status()
+    if status != RUNNING and status not in HELD:
+        raise Refused(f"machine '{machine.name}' cannot be checkpointed while it is '{status}'; "
+                      "wake or restart it")
+    return status == RUNNING
 
 
 def _refuse_blockers(monitor: Monitor, machine: MachineRecord) -> None:
@@ -247,13 +265,22 @@ def _freeze(disk: str, active: Layer, new_id: str) -> blockcow.Freeze:
                            command.disk_node(new_id))
 
 
-def _prepare_disks(work: _Work) -> list[blockcow.FreezeTicket]:
-    tickets = [work.store.backend(name).prepare_freeze(work.monitor, parts)
-               for name, parts in _parts(work).items()]
-    points.hit("create.disks-prepared")
-    # The file that QEMU writes device state into exists before the pause, and private.
-    os.close(os.open(work.raw_state, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    return tickets
+@contextmanager
+def _prepared_disks(work: _Work) -> Iterator[list[blockcow.FreezeTicket]]:
+    """Freezes that are ready to be done; what is not sealed at the end is aborted."""
+    tickets: list[blockcow.FreezeTicket] = []
+    try:
+        for name, parts in _parts(work).items():
+            tickets.append(work.store.backend(name).prepare_freeze(work.monitor, parts))
+        points.hit("create.disks-prepared")
+        # The file that QEMU writes device state into exists before the pause, and private.
+        os.close(os.open(work.raw_state, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        yield tickets
+    except BaseException:
+        for ticket in tickets:
+            with suppress(BlockError, EpochsError, OSError):  # undo does the same by name
+                ticket.abort()
+        raise
 
 
 @dataclass(frozen=True)
@@ -280,7 +307,7 @@ def _pause(work: _Work, tickets: list[blockcow.FreezeTicket], capture: memsave.C
     lap("stop")
     try:
         points.hit("create.paused")
-        monitor.execute("xen-save-devices-state", filename=str(work.raw_state), live=False)
+        _save_state(work)
         lap("device_state")
         points.hit("create.state-saved")
         for ticket in tickets:
@@ -290,6 +317,8 @@ def _pause(work: _Work, tickets: list[blockcow.FreezeTicket], capture: memsave.C
         capture.seal()
         lap("seal_memory")
         points.hit("create.memory-sealed")
+        _settle(work, capture)
+        lap("settle")
     finally:
         if running:
             monitor.execute("cont")
@@ -297,8 +326,28 @@ def _pause(work: _Work, tickets: list[blockcow.FreezeTicket], capture: memsave.C
     return _Pause(last - began if running else 0.0, steps)
 
 
-def _seal_disks(work: _Work, tickets: list[blockcow.FreezeTicket]) -> list[Frozen]:
-    return [part for ticket in tickets for part in ticket.seal()]
+def _save_state(work: _Work) -> None:
+    work.monitor.execute("xen-save-devices-state", filename=str(work.raw_state), live=False)
+
+
+def _settle(work: _Work, capture: memsave.Capture) -> None:
+    """Make device state and memory those of one instant, whatever devices do.
+
+    QEMU's main loop runs in the pause, too. The devices of ours keep off the memory of a machine
+    that stands still (virtio-serial takes no input then: enable_backend in hw/char/virtio-
+    console.c); one of the user's own might not, and a queue whose state is older than its ring in
+    memory does not load. So if anything was written since the state was saved, both are taken
+    again. Only exact tracking can tell.
+    """
+    if not capture.exact:
+        return
+    for _ in range(SEALS):
+        if capture.untouched():
+            return
+        _save_state(work)
+        capture.seal()
+    raise Failed(f"devices of machine '{work.machine.name}' keep writing to its memory while it is "
+                 "paused; remove them from its QEMU arguments")
 
 
 def _commit(work: _Work, epoch: EpochRecord, tags: tuple[str, ...], frozen: list[Frozen],
@@ -306,8 +355,8 @@ def _commit(work: _Work, epoch: EpochRecord, tags: tuple[str, ...], frozen: list
     """One transaction: the epoch, its layers, the machine's head, and the journal row gone."""
     store, catalog = work.store, work.store.catalog
     by_disk = {part.disk: part for part in frozen}
-    pending = store.base_map(work.instance.id).with_suffix(".next")
-    image.save(pending)
+    pending = _pending(store, work.instance.id)
+    image.save(pending, durable=False)  # a power cut ends the instance, too
     with catalog.transaction():
         for part in frozen:
             catalog.put_layer(part.frozen)
@@ -321,15 +370,20 @@ def _commit(work: _Work, epoch: EpochRecord, tags: tuple[str, ...], frozen: list
             catalog.put_tag(tag, work.machine.id, epoch.id)
         catalog.set_head(work.machine.id, epoch.id)
         catalog.put_instance(replace(work.instance, trusted=False), image.packs)
-        work.operation.phase("committed", pending=str(pending))
+        work.operation.phase("committed")
     points.hit("create.committed")
     finish_commit(store, work.operation.record)
+
+
+def _pending(store: StoreFiles, instance_id: str) -> Path:
+    """What becomes the instance's base map once the epoch is committed."""
+    return store.base_map(instance_id).with_suffix(".next")
 
 
 def finish_commit(store: StoreFiles, record: JournalRecord) -> None:
     """After the commit: the instance's base map becomes the epoch's, tracking is credible."""
     catalog = store.catalog
-    pending = Path(record.plan["pending"])
+    pending = _pending(store, record.plan["instance"])
     if pending.exists():
         pending.rename(store.base_map(record.plan["instance"]))
     with catalog.transaction():
@@ -350,14 +404,22 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
         # before they are gone.
         if instance is not None and instance.id == record.plan["instance"]:
             monitor = _resume(store, instance, bool(record.plan.get("running")))
+        points.hit("undo-create.resumed")
         remove_tree(store.epoch_dir(record.plan["epoch"]))
+        _pending(store, record.plan["instance"]).unlink(missing_ok=True)
         memsave.PackStore(store.packs_dir).drop(record.plan["pack"])
-        if machine is not None:
-            _unfreeze(store, machine, monitor, record.plan)
+        held = _unfrozen(store, machine, monitor, record.plan) if machine is not None else {}
     finally:
         if monitor is not None:
             monitor.close()
+    points.hit("undo-create.unfrozen")
+    # One transaction: done again with the layers recorded already, the new active layer would be
+    # taken for the one that was frozen.
     with store.catalog.transaction():
+        for name, layers in held.items():
+            for layer in reversed(layers):  # bottom first: backing must exist
+                store.catalog.put_layer(layer)
+            store.catalog.set_active(record.machine or "", name, layers[0].id)
         store.catalog.end(record.id)
 
 
@@ -371,12 +433,13 @@ def _resume(store: StoreFiles, instance: InstanceRecord, running: bool) -> Monit
     return monitor
 
 
-def _unfreeze(store: StoreFiles, machine: MachineRecord, monitor: Monitor | None,
-              plan: Mapping[str, Any]) -> None:
-    """Let the backends say which layers hold the present state now, and record that."""
+def _unfrozen(store: StoreFiles, machine: MachineRecord, monitor: Monitor | None,
+              plan: Mapping[str, Any]) -> dict[str, list[Layer]]:
+    """Let the backends say which layers hold each disk's present state now, top first. A disk
+    whose active layer is another one than when the create began is not its business any more."""
     by_backend: dict[str, list[tuple[blockcow.Freeze, list[Layer]]]] = {}
     for disk in store.catalog.disks(machine.id):
-        if disk.active is None:
+        if disk.active is None or disk.active != plan["active"].get(disk.name):
             continue
         chain = store.catalog.chain(disk.active)
         by_backend.setdefault(disk.backend, []).append(
@@ -384,8 +447,4 @@ def _unfreeze(store: StoreFiles, machine: MachineRecord, monitor: Monitor | None
     held: dict[str, list[Layer]] = {}
     for backend, parts in by_backend.items():
         held.update(store.backend(backend).recover_freeze(monitor, parts))
-    with store.catalog.transaction():
-        for name, layers in held.items():
-            for layer in reversed(layers):  # bottom first: backing must exist
-                store.catalog.put_layer(layer)
-            store.catalog.set_active(machine.id, name, layers[0].id)
+    return held

@@ -13,6 +13,13 @@ from epochs.store import StoreFiles, new_id
 
 Undo = Callable[[StoreFiles, JournalRecord], None]
 
+_under_way: set[str] = set()  # ids of the operations that this process is in
+
+
+def under_way_here(record: JournalRecord) -> bool:
+    """Whether this process is still in the operation (not: left it without undoing it)."""
+    return record.id in _under_way
+
 
 class Operation:
     """An operation under way; ``record`` is what the journal holds of it now."""
@@ -37,15 +44,21 @@ def operation(store: StoreFiles, kind: str, machine: str | None, plan: dict[str,
               undo: Undo) -> Iterator[Operation]:
     """Journal an operation; if the body raises, undo it and let the exception go on."""
     record = new_journal(new_id(), kind, machine, plan)
-    with store.catalog.transaction():
-        store.catalog.begin(record)
-    under_way = Operation(store, record)
+    _under_way.add(record.id)
     try:
-        yield under_way
-    except BaseException as error:
+        with store.catalog.transaction():
+            store.catalog.begin(record)
         try:
-            undo(store, under_way.record)
-        except Exception as second:
-            raise Failed(f"{error}; undoing it did not work yet either ({second}): mend the cause "
-                         "and run 'epochs recover'") from error
-        raise
+            yield Operation(store, record)
+        except BaseException as error:
+            try:
+                # As the catalog has it: a phase whose COMMIT failed was never reached.
+                held = store.catalog.find_journal(record.id)
+                if held is not None:
+                    undo(store, held)
+            except Exception as second:
+                raise Failed(f"{error}; undoing it did not work yet either ({second}): mend the "
+                             "cause and run 'epochs recover'") from error
+            raise
+    finally:
+        _under_way.discard(record.id)

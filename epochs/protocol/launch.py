@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,11 +74,34 @@ def launch(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], t
     is still there, to be removed with :func:`undo`.
     """
     clock = _Clock()
-    directory = store.instance_dir(target.instance)
-    make_directory(directory)
+    make_directory(store.instance_dir(target.instance))
+    make_directory(store.machine_dir(machine.id))  # a power cut may have taken it, new as it was
     layers, chains = _disk_chains(store, disks, target, epoch)
     points.hit("launch.disks-cloned")
     clock.lap("disks")
+    # Whoever switches to this instance records its layers, so they are durable before; meanwhile
+    # QEMU starts.
+    with ThreadPoolExecutor(1, "epochs-sync") as beside:
+        durable = beside.submit(_make_durable, store, layers)
+        ready = _spawned(store, machine, disks, target, epoch, layers, chains, clock)
+        try:
+            durable.result()
+        except BaseException:
+            ready.monitor.close()
+            raise
+    return ready
+
+
+def _make_durable(store: StoreFiles, layers: Mapping[str, Layer]) -> None:
+    for layer in layers.values():
+        store.backend(layer.backend).sync(layer)
+
+
+def _spawned(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], target: Target,
+             epoch: EpochRecord | None, layers: dict[str, Layer], chains: dict[str, list[Layer]],
+             clock: _Clock) -> Ready:
+    """QEMU on these disks: paused, with the epoch's memory and devices, or about to boot."""
+    directory = store.instance_dir(target.instance)
     qemu = binary.find(machine.spec.qemu)
     compatibility = command.compatibility(machine.spec, qemu, machine.accel, machine.machine_type,
                                           machine.mac)
@@ -161,7 +185,8 @@ def _restore(store: StoreFiles, monitor: Monitor, process: ProcessId, image: mem
     points.hit("launch.patched")
     clock.lap("patch")
     load_state(monitor, state_fd, store.instance_dir(target.instance))
-    image.save(store.base_map(target.instance))
+    # Not durable: a power cut ends the instance, too.
+    image.save(store.base_map(target.instance), durable=False)
     points.hit("launch.loaded")
     clock.lap("load")
 

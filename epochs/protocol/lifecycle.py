@@ -17,7 +17,7 @@ from epochs.catalog import DiskRecord, JournalRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree, write_file
 from epochs.errors import Failed, HypervisorDied, Refused
 from epochs.processes import boot_id
-from epochs.protocol import upkeep
+from epochs.protocol import launch, upkeep
 from epochs.protocol.instances import open_monitor, state
 from epochs.protocol.journal import operation
 from epochs.protocol.switch import put_off
@@ -149,6 +149,13 @@ def undo_add(store: StoreFiles, record: JournalRecord) -> None:
         store.catalog.end(record.id)
 
 
+def pull_plug(store: StoreFiles, machine: MachineRecord) -> None:
+    """End the hypervisor's process at once, whatever it is in the middle of."""
+    instance = store.catalog.instance_of(machine.id)
+    if instance is not None:
+        launch.end_processes(store, instance.id)
+
+
 def stop(store: StoreFiles, machine: MachineRecord, *, kill: bool = False,
          limit: float = STOP_LIMIT) -> None:
     """Power a machine off: by its guest agent or ACPI, or at once with ``kill``.
@@ -179,12 +186,16 @@ def _power_down(store: StoreFiles, machine: MachineRecord, limit: float) -> None
                 monitor.execute("system_powerdown")
             try:
                 monitor.wait_event(events, limit)
+                # The event comes before QEMU has flushed the disks; its next answer after that.
+                monitor.status()
             except TimeoutError:
                 raise Failed(f"the guest of '{machine.name}' did not power off within "
                              f"{limit:.0f} s; 'epochs stop --kill {machine.name}' pulls the plug"
                              ) from None
         except HypervisorDied:
-            return  # gone is what was asked for
+            if instance.process.alive():
+                raise
+            # else gone is what was asked for
         finally:
             monitor.forget(events)
 
@@ -204,8 +215,7 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
         raise Refused(f"machine '{machine.name}' is on; stop it first or use --force")
     with store.shared():
         put_off(store, machine)
-    gone = [epoch.id for epoch in store.catalog.epochs()
-            if with_epochs and epoch.machine == machine.id]
+    gone = store.catalog.epochs_of(machine.id) if with_epochs else []
     with store.exclusive():
         layers = [layer for disk in store.catalog.disks(machine.id)
                   for layer in (disk.active, disk.base) if layer]
@@ -218,6 +228,7 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
                 store.catalog.remove_machine(machine.id)
             upkeep.redo_delete(store, under_way.record)
         upkeep.try_tidy(store)
+    store.forget_machine_lock(machine.id)
     return Removal(machine.name, gone)
 
 
@@ -225,10 +236,10 @@ def describe(store: StoreFiles, machine: MachineRecord) -> dict[str, Any]:
     """A machine as plain data for ``list``, ``status`` and --json (docs/json.md)."""
     found = state(store, machine)
     instance = found.instance
-    own = [epoch.id for epoch in store.catalog.epochs() if epoch.machine == machine.id]
     return {
         "name": machine.name, "id": machine.id, "state": found.word, "detail": found.detail,
-        "head": machine.head, "epochs": len(own), "memory": machine.spec.memory,
+        "head": machine.head, "epochs": len(store.catalog.epochs_of(machine.id)),
+        "memory": machine.spec.memory,
         "cpus": machine.spec.cpus, "accelerator": machine.accel,
         "machine_type": machine.machine_type, "net": machine.spec.net, "vga": machine.spec.vga,
         "pid": instance.process.pid if instance and found.alive else None,

@@ -1,7 +1,9 @@
 """``recover``: finish or undo whatever a killed command left. Every command runs it first.
 
-The journal says what was under way; an operation whose process still runs is left alone. Each
-kind of operation is undone by the function that also undoes it when it fails by itself.
+The journal says what was under way; an operation whose process is still in it is left alone. Each
+kind of operation is undone by the function that also undoes it when it fails by itself. Two
+occasions: :func:`recover`, before every command, and :func:`settle_machine`, whenever a machine's
+lock was taken, for whoever held it before may just have been killed.
 """
 
 from __future__ import annotations
@@ -9,9 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from blockcow import BlockError
 from epochs.catalog import JournalRecord
+from epochs.errors import EpochsError
+from epochs.processes import ProcessId
 from epochs.protocol import create, lifecycle, switch, upkeep
+from epochs.protocol.journal import under_way_here
 from epochs.store import StoreFiles
+from memsave.errors import MemsaveError
 
 UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
     "add": lifecycle.undo_add,
@@ -40,29 +47,53 @@ class Recovered:
 
 
 def pending(store: StoreFiles) -> list[JournalRecord]:
-    """Operations whose process is gone."""
-    return [record for record in store.catalog.journal() if not record.operator.alive()]
+    """Operations that nobody is in any more, newest first: one inside another (create within
+    rollback) is settled before it."""
+    own = ProcessId.own()
+    return [record for record in reversed(store.catalog.journal())
+            if not record.operator.alive()
+            or (record.operator == own and not under_way_here(record))]
 
 
 def recover(store: StoreFiles) -> list[Recovered]:
-    """Settle every operation whose process is gone; returns what was settled."""
+    """Settle every operation that nobody is in any more; returns what was settled.
+
+    A machine that another command holds is left to that command, which settles it before it does
+    anything else. What cannot be settled yet is told and left: it concerns one machine.
+    """
     settled = []
-    # Newest first: an operation inside another (create within rollback) is settled before it.
-    for record in reversed(pending(store)):
-        machine = store.catalog.machine_by_id(record.machine) if record.machine else None
-        with store.machine_lock(record.machine or f"op-{record.id}",
-                                machine.name if machine else record.kind):
-            current = [r for r in store.catalog.journal() if r.id == record.id]
-            if not current:
-                continue  # another command was first
-            UNDO[record.kind](store, current[0])
-            settled.append(Recovered(record.kind, machine.name if machine else None,
-                                     current[0].phase))
+    for record in pending(store):
+        with store.try_operation_lock(record.machine, record.id) as got:
+            if got:
+                try:
+                    settled += _settle(store, record)
+                except (EpochsError, BlockError, MemsaveError, OSError) as error:
+                    store.notice(f"an interrupted {record.kind} cannot be settled yet: {error}")
     if settled or _leftovers(store):
         with store.try_exclusive() as alone:
             if alone:
                 upkeep.try_tidy(store)
     return settled
+
+
+def settle_machine(store: StoreFiles, machine_id: str) -> list[Recovered]:
+    """Settle whatever was begun on a machine whose lock the caller holds, and raise if that does
+    not work: nothing else may be done to it before. Whoever began it is not in it any more,
+    whether it lives or not, for it would hold the lock."""
+    settled = []
+    for record in reversed(store.catalog.journal()):
+        if record.machine == machine_id:
+            settled += _settle(store, record)
+    return settled
+
+
+def _settle(store: StoreFiles, record: JournalRecord) -> list[Recovered]:
+    current = store.catalog.find_journal(record.id)
+    if current is None:
+        return []  # another command was first
+    machine = store.catalog.machine_by_id(record.machine) if record.machine else None
+    UNDO[record.kind](store, current)
+    return [Recovered(record.kind, machine.name if machine else None, current.phase)]
 
 
 def _leftovers(store: StoreFiles) -> bool:

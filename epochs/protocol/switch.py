@@ -76,6 +76,7 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
     running = found.word != "paused"
     disks = store.catalog.disks(machine.id)
     with store.shared():
+        epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
         _check_same_disks(store, machine, disks, epoch)
         kept = None
@@ -132,6 +133,7 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
         if store.catalog.find_machine(name) is not None or names.count(name) > 1:
             raise Refused(f"there is a machine '{name}' already; choose another name")
     with store.shared():
+        epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
         now = time.time()
         source = store.catalog.machine_by_id(epoch.machine)
@@ -221,6 +223,7 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
     if record.phase == "switched":
         if record.plan["old"]:
             launch.end_processes(store, record.plan["old"])
+        points.hit("undo-switch.processes-gone")
         if record.plan["running"]:
             for target in targets:
                 _go_on(store, target)
@@ -230,6 +233,7 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
         launch.undo(store, target, record.plan["backends"])
         if store.catalog.machine_by_id(target.machine) is None:
             remove_tree(store.machine_dir(target.machine))
+    points.hit("undo-switch.files-gone")
     with store.catalog.transaction():
         store.catalog.end(record.id)
 
@@ -243,7 +247,9 @@ def _go_on(store: StoreFiles, target: Target) -> None:
             if monitor.status() in ("paused", "prelaunch", "postmigrate"):
                 monitor.execute("cont")
     except HypervisorDied:
-        return  # reported as died by whatever looks at the machine next
+        if instance.process.alive():
+            raise
+        # else reported as died by whatever looks at the machine next
 
 
 def _finish(store: StoreFiles, record: JournalRecord) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import blockcow
 import memsave
 from blockcow import BlockError, Layer, chains
 from epochs import points
@@ -25,16 +26,12 @@ from epochs.store import StoreFiles
 def drop_layers(store: StoreFiles, layer_ids: list[str]) -> None:
     """Drop those of the layers (and then of those beneath) that nothing needs any more."""
     for layer_id in layer_ids:
-        at: str | None = layer_id
-        while at is not None:
-            rows = {layer.id: layer for layer in store.catalog.layers()}
-            needed = store.catalog.wanted_layers() | {layer.backing for layer in rows.values()}
-            if at not in rows or at in needed:
-                break
-            store.backend(rows[at].backend).drop(rows[at])
+        layer = store.catalog.find_layer(layer_id)
+        while layer is not None and not store.catalog.layer_needed(layer.id):
+            store.backend(layer.backend).drop(layer)
             with store.catalog.transaction():
-                store.catalog.remove_layer(at)
-            at = rows[at].backing
+                store.catalog.remove_layer(layer.id)
+            layer = store.catalog.find_layer(layer.backing) if layer.backing else None
 
 
 def drop_packs(store: StoreFiles) -> None:
@@ -129,21 +126,32 @@ def consolidate(store: StoreFiles, chain: list[Layer], count: int) -> None:
 def undo_consolidate(store: StoreFiles, record: JournalRecord) -> None:
     """Drop an unfinished replacement, or record one that was already renamed into place."""
     backend = store.backend(record.plan["backend"])
-    rows = {layer.id: layer for layer in store.catalog.layers()}
-    layer = rows.get(record.plan["layer"])
+    layer = store.catalog.find_layer(record.plan["layer"])
     replacement = record.plan.get("replacement")
+    promoted: Layer | None = None
     if layer is not None:
         place = store.layers_dir / layer.file
         if replacement is not None and not (store.layers_dir / replacement["file"]).exists():
-            renamed = replace(Layer(**replacement), file=layer.file, signature=None)
-            with store.catalog.transaction():
-                store.catalog.put_layer(backend.check(renamed, full=True))
+            promoted = _promoted(backend, layer, Layer(**replacement))
         else:
             for file in backend.files(layer.id):
                 if file != place:
                     file.unlink(missing_ok=True)
+    points.hit("undo-consolidate.dropped")
     with store.catalog.transaction():
+        if promoted is not None:
+            store.catalog.put_layer(promoted)
         store.catalog.end(record.id)
+
+
+def _promoted(backend: blockcow.Backend, layer: Layer, replacement: Layer) -> Layer | None:
+    """The replacement as it stands in the layer's place, or None if the layer itself is still
+    there: then an undo that was killed had removed the replacement."""
+    try:
+        return backend.check(replace(replacement, file=layer.file, signature=None), full=True)
+    except blockcow.LayerDamaged:
+        backend.check(layer, full=True)
+        return None
 
 
 def merge_unwanted(store: StoreFiles) -> None:
@@ -161,7 +169,7 @@ def merge_unwanted(store: StoreFiles) -> None:
 
 def has_unwanted(store: StoreFiles) -> bool:
     """Whether :func:`merge_unwanted` would find something to do."""
-    return _next_step(store) is not None
+    return store.catalog.any_unwanted_layer() and _next_step(store) is not None
 
 
 def _next_step(store: StoreFiles) -> chains.Drop | chains.Consolidation | None:

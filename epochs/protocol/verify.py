@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import memsave
-from blockcow import LayerDamaged
+from blockcow import Layer, LayerDamaged
 from epochs.catalog import EpochRecord
 from epochs.errors import Damaged
 from epochs.protocol.create import checksum
@@ -33,9 +33,10 @@ class Finding:
 
 def before_use(store: StoreFiles, epoch: EpochRecord) -> None:
     """Raise Damaged if the epoch must not be run. Cheap where no file was touched."""
-    findings = examine(store, epoch, full=False)
+    # What was found damaged once is read in full: its signature may fit nevertheless.
+    findings = examine(store, epoch, full=epoch.damaged is not None)
+    _record(store, epoch, findings)
     if findings:
-        _record(store, epoch, findings)
         raise Damaged(f"epoch {epoch.id[:12]} is damaged and cannot be used: "
                       f"{findings[0].reason} ({findings[0].file})",
                       [finding.to_json() for finding in findings])
@@ -131,13 +132,41 @@ def _examine_disks(store: StoreFiles, epoch: EpochRecord, full: bool,
                 continue
             seen[layer.id] = None
             try:
-                checked = store.backend(layer.backend).check(layer, full=full)
+                _check_layer(store, layer, full=full)
             except LayerDamaged as error:
                 seen[layer.id] = str(error)
                 note(error.path, str(error))
-                continue
-            if checked != layer:
-                with store.catalog.transaction():
-                    current = store.catalog.layer(layer.id)
-                    if current.checksum == layer.checksum:  # not consolidated meanwhile
-                        store.catalog.put_layer(replace(current, signature=checked.signature))
+
+
+def _check_layer(store: StoreFiles, layer: Layer, *, full: bool) -> None:
+    """Check one layer and renew its signature. Another command may replace it by a merged one
+    meanwhile: what does not fit the row any more is checked by what the catalog says of it now."""
+    while True:
+        try:
+            checked = store.backend(layer.backend).check(layer, full=full)
+            break
+        except LayerDamaged:
+            renamed = _being_promoted(store, layer)
+            now = store.catalog.layer(layer.id)
+            if now != layer:
+                layer = now
+            elif renamed is not None:
+                store.backend(layer.backend).check(renamed, full=full)
+                return
+            else:
+                raise
+    if checked != layer:
+        with store.catalog.transaction():
+            current = store.catalog.layer(layer.id)
+            if current.checksum == layer.checksum:  # not consolidated meanwhile
+                store.catalog.put_layer(replace(current, signature=checked.signature))
+
+
+def _being_promoted(store: StoreFiles, layer: Layer) -> Layer | None:
+    """The replacement of a layer that may be in its place already, though not in its row."""
+    for record in store.catalog.journal():
+        if record.kind == "consolidate" and record.plan["layer"] == layer.id:
+            replacement = record.plan.get("replacement")
+            if replacement is not None:
+                return replace(Layer(**replacement), file=layer.file, signature=None)
+    return None

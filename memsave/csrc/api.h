@@ -139,6 +139,7 @@ int ms_runs_overlay(const ms_runs *below, const ms_runs *above, ms_runs *out, ms
 void ms_runs_lookup(const ms_runs *runs, const ms_copy *copies, size_t n, uint64_t *slots,
                     uint32_t *packs);
 uint64_t ms_runs_pages(const ms_runs *runs);
+void ms_runs_by_pack(const ms_runs *runs, uint64_t *pages);
 ms_segments *ms_segments_new(void);
 void ms_segments_free(ms_segments *segments);
 int ms_runs_differ(const ms_runs *a, const ms_runs *b, uint64_t first, uint64_t end,
@@ -154,6 +155,8 @@ int ms_pack_check(ms_pack *pack, ms_error *error);
 int ms_verify(const ms_pack *packs, const ms_run *runs, size_t n, ms_error *error);
 int ms_restore_run(const ms_pack *packs, const ms_run *run, int fd, uint64_t *sums,
                    ms_error *error);
+int ms_fold(const ms_pack *packs, const ms_runs *runs, const uint8_t *folded, uint32_t new_pack,
+            int fd, uint64_t slot, uint64_t *sums, ms_runs *out, ms_error *error);
 int ms_diff(const ms_pack *packs, const ms_segment *segments, size_t n, ms_runs *out,
             ms_error *error);
 

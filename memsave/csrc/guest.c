@@ -419,49 +419,100 @@ static int keep_differing(const ms_guest *guest, struct outgoing *out, uint64_t 
     return code;
 }
 
+struct patch_share { /* pages [from, to) of what the segments hold, one after the other */
+    const ms_guest *guest;
+    const ms_pack *packs;
+    const ms_segment *segments;
+    size_t n;
+    uint64_t from, to, written;
+    ms_error error;
+};
+
+/* One segment's pages [at, end), gathered into out and sent whenever that is full. */
+static int patch_segment(const struct patch_share *share, const ms_segment *s, uint64_t at,
+                         uint64_t end, struct outgoing *out, uint8_t *live, uint64_t *written,
+                         ms_error *error)
+{
+    int code = MS_OK;
+    while (at < end && !code) {
+        if (out->pages == MS_BATCH)
+            code = send(share->guest, out, written, error);
+        uint64_t in_block, count = MS_BATCH - out->pages;
+        uint64_t address = address_of(share->guest, s->page + at, &in_block);
+        if (count > end - at)
+            count = end - at;
+        if (count > in_block)
+            count = in_block;
+        if (!code && !count)
+            code = ms_fail(error, MS_REMOTE, EFAULT, s->page + at, 0);
+        if (code)
+            break;
+        uint8_t *to = out->data + out->pages * MS_PAGE;
+        if (s->a_pack == MS_ZERO)
+            memset(to, 0, (size_t)count * MS_PAGE);
+        else
+            code = ms_pack_read_checked(share->packs, s->a_pack, s->a_slot + at, count, to, NULL,
+                                        error);
+        if (!code && s->b_pack == MS_LIVE)
+            code = keep_differing(share->guest, out, address, count, live, error);
+        else if (!code)
+            add(out, address, count);
+        at += count;
+    }
+    return code;
+}
+
+static void *patch_part(void *argument)
+{
+    struct patch_share *share = argument;
+    ms_error *error = &share->error;
+    error->code = MS_OK;
+    struct outgoing out = {.data = ms_batch_new(error)};
+    uint8_t *live = ms_batch_new(error);
+    int code = out.data && live ? MS_OK : MS_NO_MEMORY;
+    uint64_t position = 0;
+    for (size_t i = 0; i < share->n && position < share->to && !code; i++) {
+        const ms_segment *s = &share->segments[i];
+        uint64_t begin = position;
+        position += s->count;
+        if (position <= share->from)
+            continue;
+        uint64_t first = begin < share->from ? share->from - begin : 0;
+        uint64_t end = position < share->to ? s->count : share->to - begin;
+        code = patch_segment(share, s, first, end, &out, live, &share->written, error);
+    }
+    if (!code)
+        send(share->guest, &out, &share->written, error);
+    free(out.data);
+    free(live);
+    return NULL;
+}
+
 /*
- * Writes side a of every segment into the process, each stored page checked before it goes there.
- * Where side b is MS_LIVE only pages that differ from the process' own are written.
+ * Makes pages of the process what side a of the segments says; side b is what it holds now, or
+ * MS_LIVE for segments that are compared first. Every page is checked before it goes in. written:
+ * pages that were. Shared between two threads where there is much.
  */
 int ms_patch(const ms_guest *guest, const ms_pack *packs, const ms_segment *segments, size_t n,
              uint64_t *written, ms_error *error)
 {
-    struct outgoing out = {.data = ms_batch_new(error)};
-    uint8_t *live = ms_batch_new(error);
-    int code = out.data && live ? MS_OK : MS_NO_MEMORY;
-    for (size_t i = 0; i < n && !code; i++) {
-        const ms_segment *s = &segments[i];
-        for (uint64_t at = 0; at < s->count && !code;) {
-            if (out.pages == MS_BATCH)
-                code = send(guest, &out, written, error);
-            uint64_t in_block, count = MS_BATCH - out.pages;
-            uint64_t address = address_of(guest, s->page + at, &in_block);
-            if (count > s->count - at)
-                count = s->count - at;
-            if (count > in_block)
-                count = in_block;
-            if (!code && !count)
-                code = ms_fail(error, MS_REMOTE, EFAULT, s->page + at, 0);
-            if (code)
-                break;
-            uint8_t *to = out.data + out.pages * MS_PAGE;
-            if (s->a_pack == MS_ZERO)
-                memset(to, 0, (size_t)count * MS_PAGE);
-            else
-                code = ms_pack_read_checked(packs, s->a_pack, s->a_slot + at, count, to, NULL,
-                                            error);
-            if (!code && s->b_pack == MS_LIVE)
-                code = keep_differing(guest, &out, address, count, live, error);
-            else if (!code)
-                add(&out, address, count);
-            at += count;
-        }
-    }
-    if (!code)
-        code = send(guest, &out, written, error);
-    free(out.data);
-    free(live);
-    return code;
+    uint64_t pages = 0;
+    for (size_t i = 0; i < n; i++)
+        pages += segments[i].count;
+    uint64_t half = pages < 2 * MS_BATCH ? pages : pages / 2;
+    struct patch_share first = {guest, packs, segments, n, 0, half, 0, {0}};
+    struct patch_share second = {guest, packs, segments, n, half, pages, 0, {0}};
+    pthread_t helper;
+    int helped = half < pages && !pthread_create(&helper, NULL, patch_part, &second);
+    patch_part(&first);
+    if (helped)
+        pthread_join(helper, NULL);
+    else if (half < pages)
+        patch_part(&second);
+    *written = first.written + second.written;
+    if (first.error.code || second.error.code)
+        *error = first.error.code ? first.error : second.error;
+    return first.error.code ? first.error.code : second.error.code;
 }
 
 /* A copy of another process' descriptor, or -1 and errno. Needs permission to ptrace it. */

@@ -136,6 +136,21 @@ int ms_pwrite(int fd, const uint8_t *from, size_t length, uint64_t offset, ms_er
     return MS_OK;
 }
 
+/* Stores a run's pages again, each checked, from slot of fd on; sums: one for each page. */
+static int store_again(const ms_pack *packs, const ms_run *run, int fd, uint64_t slot,
+                       uint64_t *sums, uint8_t *batch, ms_error *error)
+{
+    int code = MS_OK;
+    for (uint64_t at = 0; at < run->count && !code; at += MS_BATCH) {
+        uint64_t count = run->count - at < MS_BATCH ? run->count - at : MS_BATCH;
+        code = ms_pack_read_checked(packs, run->pack, run->slot + at, count, batch, sums + at,
+                                    error);
+        if (!code)
+            code = ms_pwrite(fd, batch, (size_t)count * MS_PAGE, (slot + at) * MS_PAGE, error);
+    }
+    return code;
+}
+
 /* Stores a run's pages again, each checked, at slot = page of fd; sums: one for each page. */
 int ms_restore_run(const ms_pack *packs, const ms_run *run, int fd, uint64_t *sums,
                    ms_error *error)
@@ -143,14 +158,31 @@ int ms_restore_run(const ms_pack *packs, const ms_run *run, int fd, uint64_t *su
     uint8_t *batch = ms_batch_new(error);
     if (!batch)
         return MS_NO_MEMORY;
-    int code = MS_OK;
-    for (uint64_t at = 0; at < run->count && !code; at += MS_BATCH) {
-        uint64_t count = run->count - at < MS_BATCH ? run->count - at : MS_BATCH;
-        code = ms_pack_read_checked(packs, run->pack, run->slot + at, count, batch, sums + at,
-                                    error);
+    int code = store_again(packs, run, fd, run->page, sums, batch, error);
+    free(batch);
+    return code;
+}
+
+/*
+ * Stores the pages of all runs in folded packs (folded[pack] set) again, each checked, from slot of
+ * fd on. out: the runs with those pages in new_pack; sums: one for each page stored.
+ */
+int ms_fold(const ms_pack *packs, const ms_runs *runs, const uint8_t *folded, uint32_t new_pack,
+            int fd, uint64_t slot, uint64_t *sums, ms_runs *out, ms_error *error)
+{
+    uint8_t *batch = ms_batch_new(error);
+    int code = batch ? MS_OK : MS_NO_MEMORY;
+    for (size_t i = 0; i < runs->n && !code; i++) {
+        const ms_run *run = &runs->v[i];
+        if (!folded[run->pack]) {
+            code = ms_runs_push(out, run->page, run->slot, run->count, run->pack, error);
+            continue;
+        }
+        code = store_again(packs, run, fd, slot, sums, batch, error);
         if (!code)
-            code = ms_pwrite(fd, batch, (size_t)count * MS_PAGE, (run->page + at) * MS_PAGE,
-                             error);
+            code = ms_runs_push(out, run->page, slot, run->count, new_pack, error);
+        slot += run->count;
+        sums += run->count;
     }
     free(batch);
     return code;
@@ -163,7 +195,7 @@ static int side(const ms_pack *packs, uint32_t pack, uint64_t slot, uint64_t cou
         memset(to, 0, (size_t)count * MS_PAGE);
         return MS_OK;
     }
-    return ms_pack_read(packs, pack, slot, count, to, error);
+    return ms_pack_read_checked(packs, pack, slot, count, to, NULL, error);
 }
 
 /* Compares both sides of every segment; out gets the pages whose bytes differ (pack, slot 0). */

@@ -177,6 +177,13 @@ uint64_t ms_runs_pages(const ms_runs *runs)
     return pages;
 }
 
+/* pages[p] += the pages in runs of pack p. */
+void ms_runs_by_pack(const ms_runs *runs, uint64_t *pages)
+{
+    for (size_t i = 0; i < runs->n; i++)
+        pages[runs->v[i].pack] += runs->v[i].count;
+}
+
 ms_segments *ms_segments_new(void)
 {
     return calloc(1, sizeof(ms_segments));

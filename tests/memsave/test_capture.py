@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +14,12 @@ from hypothesis import strategies as st
 from victim import Victim, contents
 
 from memsave import (
+    PAGE,
+    Block,
     Capture,
     GuestMemory,
     Image,
+    Layout,
     MemsaveError,
     PackStore,
     WriteResult,
@@ -263,7 +269,7 @@ def test_steps_out_of_order_are_refused(start: Start, packs: PackStore) -> None:
         with pytest.raises(MemsaveError, match="not sealed yet"):
             capture.write(Image.zero(victim.layout), None, packs, "x")
         capture.seal()
-        for step in (capture.precopy, capture.reserve, capture.seal):
+        for step in (capture.precopy, capture.reserve):
             with pytest.raises(MemsaveError, match="sealed already"):
                 step()
         capture.close()
@@ -272,6 +278,64 @@ def test_steps_out_of_order_are_refused(start: Start, packs: PackStore) -> None:
             capture.seal()
         with pytest.raises(ValueError, match="tracking method"):
             victim.guest("soft-dirty")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_sealing_again_adds_what_was_written_since(start: Start, packs: PackStore,
+                                                   trusted: bool) -> None:
+    with start() as victim, victim.guest("userfaultfd") as guest:
+        victim.write(0, 1, 20)
+        image = take(guest, packs, "first", Image.zero(victim.layout))[0].image
+        victim.write(3, 2)
+        with guest.capture(trusted) as capture:
+            capture.reserve()
+            capture.seal()
+            assert capture.exact and capture.untouched()
+            victim.write(3, 3)
+            victim.write(7, 3)
+            victim.do("z", 8)
+            victim.write(515, 4)
+            assert not capture.untouched()
+            capture.seal()
+            assert capture.untouched()
+            again = capture.write(image, None, packs, "again")
+        assert contents(again.image, packs) == victim.memory()
+        assert again.changed_pages == 4
+
+
+def test_sealing_again_without_exact_tracking(start: Start, packs: PackStore) -> None:
+    with start() as victim, victim.guest("pagemap") as guest:
+        victim.write(0, 1, 20)
+        with guest.capture(False) as capture:
+            capture.seal()
+            victim.write(3, 3)
+            with pytest.raises(MemsaveError, match="nobody knows"):
+                capture.untouched()
+            capture.seal()
+            done = capture.write(Image.zero(victim.layout), None, packs, "p")
+        assert contents(done.image, packs) == victim.memory()
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_shared_memory_is_refused(tmp_path: Path, block: int) -> None:
+    """A scan would find nothing in it, and restoring would write into what others use."""
+    with (tmp_path / "file").open("w+b") as file:
+        file.truncate(PAGE)
+        private = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        odd = (mmap.mmap(file.fileno(), PAGE, flags=mmap.MAP_PRIVATE) if block else
+               mmap.mmap(-1, PAGE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS))
+        areas = [private, odd] if block else [odd, private]
+        held = [(ctypes.c_char * PAGE).from_buffer(area) for area in areas]
+        layout = Layout((Block("ram", PAGE), Block("other", PAGE)))
+        addresses = {"ram": ctypes.addressof(held[0]), "other": ctypes.addressof(held[1])}
+        with pytest.raises(MemsaveError, match=f"'{layout.blocks[block].name}' of process"):
+            GuestMemory(os.getpid(), layout, addresses)
+        if block:  # a private file is what block 0 is made of: the control
+            swapped = {"ram": addresses["other"], "other": addresses["ram"]}
+            GuestMemory(os.getpid(), layout, swapped).close()
+        del held
+        private.close()
+        odd.close()
 
 
 def test_a_pack_is_never_written_twice(start: Start, packs: PackStore) -> None:

@@ -184,6 +184,37 @@ static void round_trip(const char *directory, int scan)
     uint64_t counts[4] = {0};
     ms_count_kinds(kinds, n, counts);
     CHECK(counts[MS_SAME_AS_BASE] == n);
+    /* Folded into a file behind two other slots: the same pages, the same checksums. */
+    uint8_t folded[2] = {1, 0};
+    uint64_t again[PAGES];
+    ms_runs *moved = ms_runs_new();
+    char other[4096];
+    snprintf(other, sizeof other, "%s/folded.pack", directory);
+    int to = open(other, O_RDWR | O_CREAT | O_TRUNC, 0600);
+    CHECK(!ms_fold(&pack, runs, folded, 1, to, 2, again, moved, &error));
+    CHECK(ms_runs_pages(moved) == stored && !memcmp(again, sums, stored * 8));
+    ms_span behind = {2, stored};
+    uint64_t none_before[1];
+    ms_pack both[2] = {pack, {to, stored + 2, stored, &behind, none_before, 1, again}};
+    CHECK(!ms_pack_check(&both[1], &error));
+    CHECK(!ms_verify(both, moved->v, moved->n, &error));
+    uint64_t by_pack[2] = {0};
+    ms_runs_by_pack(moved, by_pack);
+    CHECK(by_pack[0] == 0 && by_pack[1] == stored);
+    ms_segments *unlike = ms_segments_new();
+    ms_runs *differing = ms_runs_new();
+    CHECK(!ms_runs_differ(runs, moved, 0, PAGES, unlike, &error));
+    CHECK(unlike->n && !ms_diff(both, unlike->v, unlike->n, differing, &error));
+    CHECK(differing->n == 0);
+    folded[0] = 0; /* the control: nothing to fold, nothing moves */
+    ms_runs *kept = ms_runs_new();
+    CHECK(!ms_fold(&pack, runs, folded, 1, to, 2, again, kept, &error));
+    CHECK(kept->n == runs->n && !memcmp(kept->v, runs->v, runs->n * sizeof *runs->v));
+    ms_segments_free(unlike);
+    ms_runs_free(differing);
+    ms_runs_free(moved);
+    ms_runs_free(kept);
+    close(to);
     /* Another content everywhere, put back from the pack. */
     uint8_t *wanted = malloc(PAGES * MS_PAGE);
     memcpy(wanted, memory, PAGES * MS_PAGE);

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import memsave
 from epochs import Epoch, Machine, Store
 from epochs.errors import Damaged
 
@@ -81,6 +82,35 @@ def test_damage_is_found_and_refused(store: Store, boot: Callable[..., Machine],
         assert run_cli(path, "verify").returncode == 0, f"{kind}: mended, so not a false alarm"
     with store.fork(target, "mended") as mended:
         wait_witness(mended, 0)
+
+
+def test_damage_behind_an_unchanged_signature(store: Store, boot: Callable[..., Machine]) -> None:
+    """A disk that rots leaves no trace in stat(2). `verify` finds it, and from then on the epoch is
+    refused, until its bytes are right again."""
+    web = boot()
+    sound = web.create()
+    ctl(web, "dirty", "2")
+    target = web.create()
+    web.rollback(sound, keep=False)
+    catalog = store.files.catalog
+    file = own_files(store, target)["pack"]
+    saved = file.read_bytes()
+
+    def as_if_untouched() -> None:
+        with memsave.PackStore(store.files.packs_dir) as packs, catalog.transaction():
+            catalog.set_pack_signature(file.stem, packs.signature(file.stem))
+
+    flip(file)
+    as_if_untouched()
+    assert [finding.epoch for finding in store.verify()] == [target.id]
+    for _ in range(2):
+        with pytest.raises(Damaged, match="damaged"):
+            store.fork(target, "no")
+    file.write_bytes(saved)
+    as_if_untouched()
+    with store.fork(target, "mended") as mended:
+        wait_witness(mended, 0)
+    assert store.epoch(target).record.damaged is None
 
 
 def test_a_changed_base_image_is_refused(store: Store, tiny, tmp_path: Path) -> None:

@@ -40,8 +40,11 @@ def struck(store: Store, point: str, action: str, *command: str) -> None:
         assert "fault injected" in done.stderr
 
 
-def settled(store: Store, point: str) -> None:
-    """`recover` settles it, a second one finds nothing, and nothing is left astray."""
+def settled(store: Store, point: str, again: tuple[str, ...] = ()) -> None:
+    """`recover` settles it, a second one finds nothing, and nothing is left astray. ``again``:
+    points at which recovery itself is killed first."""
+    for second in again:
+        struck(store, second, "kill", "recover")
     run_cli(store.files.path, "recover")
     assert cli_json(store.files.path, "recover")["recovered"] == []  # type: ignore[index]
     assert_tidy(store)
@@ -67,6 +70,39 @@ def test_create(store: Store, boot: Boot, tmp_path: Path, action: str) -> None:
             assert ctl(probe, "nonce", "get") == "present", point
             wait_witness(probe, count)
     assert store.verify() == []
+
+
+@pytest.mark.timeout(1800)
+def test_recovery_that_is_killed_too(store: Store, boot: Boot, tmp_path: Path) -> None:
+    """A create killed after its freeze, then `recover` at each of its own points; a rollback
+    before and after its switch; then the machine goes on, is rolled back and boots."""
+    web, first, _ = prepared(boot)
+    for point in ("create.paused", "create.disks-frozen", "create.disks-sealed"):
+        for hypervisor_too in (False, True):
+            struck(store, point, "kill", "create", "web")
+            if hypervisor_too:
+                record = store.files.catalog.instance_of(web.record.id)
+                assert record is not None
+                record.process.kill()
+            settled(store, point, POINTS["undo-create"])
+            if hypervisor_too:
+                assert web.status()["state"] == "died"
+                said = web.console_log.stat().st_size
+                web.start()
+                wait_console(web, "TINY READY", since=said)
+                web.wait_agent()
+                ctl(web, "nonce", "set", "present")
+            assert ctl(web, "nonce", "get") == "present", point
+            assert wait_witness(web, 0) > 0, point
+    for point in ("rollback.prepared", "rollback.switched"):
+        struck(store, point, "kill", "rollback", "web", first, "--discard")
+        settled(store, point, ("undo-switch.processes-gone",) if point == "rollback.switched"
+                else ("undo-switch.files-gone",))
+        assert web.status()["state"] == "running", point
+        wait_witness(web, 0)
+    assert store.verify() == []
+    check_disks(store, web.create(), tmp_path)
+    wait_witness(web, 0)
 
 
 @pytest.mark.timeout(1800)
@@ -128,7 +164,8 @@ def test_delete(store: Store, boot: Boot, tmp_path: Path) -> None:
     web, first, count = prepared(boot)
     for point in (*POINTS["delete"], *POINTS["consolidate"]):
         middle, last = struck_in_delete(store, web, point)
-        settled(store, point)
+        settled(store, point, POINTS["undo-consolidate"] if point in POINTS["consolidate"][:3]
+                else ())
         left = {epoch.id for epoch in store.epochs()}
         assert middle.id not in left, point
         assert {first, last.id} <= left, point
@@ -162,5 +199,6 @@ def test_start(store: Store, boot: Boot) -> None:
 def test_every_point_is_visited_by_a_sweep() -> None:
     """A new point must be added to a sweep above."""
     visited = {*CREATE, *LAUNCH, *POINTS["rollback"], *POINTS["fork"], *POINTS["delete"],
-               *POINTS["consolidate"], *POINTS["start"]}
+               *POINTS["consolidate"], *POINTS["start"], *POINTS["undo-create"],
+               *POINTS["undo-switch"], *POINTS["undo-consolidate"]}
     assert visited == ALL

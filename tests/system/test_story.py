@@ -12,7 +12,11 @@ import pytest
 
 from epochs import Machine, Store
 from epochs.errors import Incompatible, Refused
+from epochs.protocol import create as creation
 from epochs.protocol import switch
+from epochs.protocol.instances import open_monitor
+from epochs.qemu.command import RAM_BLOCK
+from epochs.qemu.ramblocks import locate
 
 from .conftest import required
 from .guest import (
@@ -117,6 +121,39 @@ def test_a_paused_machine_stays_paused(store: Store, boot: Boot) -> None:
     assert fork.status()["state"] == "paused"
     assert web.start() == "resumed"
     wait_witness(web, 0)
+
+
+def test_memory_that_a_device_writes_in_the_pause(store: Store, boot: Boot,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device of ours does; one of the user's own might. Device state and memory are taken again
+    then, so that they are of one instant."""
+    web = boot()
+    saved: list[str] = []
+    write = False
+    pid = web.status()["pid"]
+    instance = store.files.catalog.instance_of(web.record.id)
+    assert instance is not None
+    with open_monitor(store.files, instance) as monitor:
+        ram = locate(monitor, pid, RAM_BLOCK)[0]
+
+    def hit(point: str) -> None:
+        if point == "create.memory-sealed" and write:
+            with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+                memory.seek(ram.address)
+                byte = memory.read(1)
+                memory.seek(ram.address)
+                memory.write(byte)
+
+    original = creation._save_state
+    monkeypatch.setattr(creation.points, "hit", hit)
+    monkeypatch.setattr(creation, "_save_state", lambda work: (saved.append(""), original(work)))
+    web.create()
+    assert len(saved) == 1, "the control: nobody wrote"
+    write = True
+    epoch = web.create()
+    assert len(saved) == 3
+    with store.fork(epoch, "trial") as trial:
+        wait_witness(trial, 0)
 
 
 def test_every_ram_block_comes_back(store: Store, boot: Boot) -> None:

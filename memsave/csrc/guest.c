@@ -71,8 +71,14 @@ int ms_ranges_reserve(ms_ranges *ranges, size_t n, ms_error *error)
     return code;
 }
 
+/* Ranges ascend and do not overlap: everything that is done with them relies on it. */
 static int push(ms_ranges *out, uint64_t page, uint64_t count, uint64_t zero, ms_error *error)
 {
+    if (out->n) {
+        ms_range *last = &out->v[out->n - 1];
+        if (page < last->page + last->count)
+            return ms_fail(error, MS_RUN_ORDER, 0, out->n, 0);
+    }
     if (!zero)
         out->pages += count;
     if (out->n) {
@@ -183,13 +189,24 @@ static int scan_block(const ms_guest *guest, const ms_block *block, int wanted, 
             code = ms_fail(error, MS_SYSTEM, errno, arg.start, 0);
             break;
         }
-        for (int i = 0; i < got && !code; i++)
+        uint64_t seen = arg.start;
+        for (int i = 0; i < got && !code; i++) {
+            seen = regions[i].end;
             code = push(out, block->first_page + (regions[i].start - block->address) / MS_PAGE,
                         (regions[i].end - regions[i].start) / MS_PAGE,
                         (regions[i].categories & SCAN_IS_PFNZERO) != 0, error);
-        if (arg.walk_end <= arg.start) /* an ended process: its memory is gone */
+        }
+        /*
+         * The kernel walks in pieces of 512 regions, and where a later piece comes to the end of
+         * the range it leaves walk_end at the end of an earlier one (do_pagemap_scan() of Linux
+         * 6.7 to 6.18). To go on from there would find pages again, out of order, and those that
+         * were written meanwhile a second time.
+         */
+        if (seen < arg.walk_end)
+            seen = arg.walk_end;
+        if (seen <= arg.start) /* an ended process: its memory is gone */
             code = code ? code : ms_fail(error, MS_SYSTEM, ESRCH, arg.start, 0);
-        arg.start = arg.walk_end;
+        arg.start = seen;
     }
     free(regions);
     return code;

@@ -206,59 +206,48 @@ static void open_ring(struct disk *d, struct ring *r, const char *name)
         die(path);
 }
 
-/* Make a slot one that was never written; returns what it holds then. */
-static uint64_t wipe(struct disk *d, struct ring *r, uint64_t slot)
+/* A number that a cold start does not find: believed lost if the power may have taken it, that is if
+ * it is newer than the last flush which every disk has completed. */
+static int lost(struct disk *d, struct ring *r, uint64_t number, const char *what)
 {
-    memset(&scratch, 0, sizeof scratch);
-    if (pwrite(r->raw, &scratch, BLOCK, slot * BLOCK) != BLOCK)
-        mismatch("%s slot %lu cannot be wiped: %s", d->dir, slot, strerror(errno));
+    uint64_t found = r->holds[number % RING];
+    if (found == number)
+        return 0;
+    if (number + 2 * SYNC_EVERY > seq)
+        return 1;
+    if (found == TORN)
+        mismatch("%s %s slot %lu is corrupt", d->dir, what, number % RING);
+    else
+        mismatch("%s %s holds %lu instead of %lu", d->dir, what, found, number);
     return 0;
 }
 
-/* A cold start believes the disks, as far as they are consistent in themselves. */
+/* A cold start believes the disks. Nothing is durable before a flush: power that goes, or a hypervisor
+ * that is killed, takes any of the writes since then, in any order, of one disk or of both, and may
+ * tear them. They are made anew; everything older must be there. */
 static void adopt(void)
 {
-    uint64_t newest[DISKS] = {0};
-
-    for (int i = 0; i < disk_count && !verdict[0]; i++) {
-        struct disk *d = &disks[i];
+    for (struct disk *d = disks; d < disks + disk_count && !verdict[0]; d++) {
         open_ring(d, &d->direct, "direct");
         open_ring(d, &d->buffered, "buffered");
         for (uint64_t slot = 0; slot < RING && !verdict[0]; slot++) {
-            d->direct.holds[slot] = look(d, &d->direct, slot, "direct");
-            d->buffered.holds[slot] = look(d, &d->buffered, slot, "buffered");
-            if (d->direct.holds[slot] != TORN && d->direct.holds[slot] > newest[i])
-                newest[i] = d->direct.holds[slot];
+            uint64_t direct = d->direct.holds[slot] = look(d, &d->direct, slot, "direct");
+            uint64_t buffered = d->buffered.holds[slot] = look(d, &d->buffered, slot, "buffered");
+            if (direct != TORN && direct > seq)
+                seq = direct;
+            if (buffered != TORN && buffered > seq)
+                seq = buffered;
         }
-        for (uint64_t slot = 0; slot < RING && !verdict[0]; slot++) {
-            /* Power that goes tears at most the block being written, and what of the buffered file
-             * was not synced yet. Such a block counts as never written. */
-            if (d->direct.holds[slot] == TORN) {
-                if (slot != (newest[i] + 1) % RING)
-                    mismatch("%s direct slot %lu is corrupt", d->dir, slot);
-                d->direct.holds[slot] = wipe(d, &d->direct, slot);
-                continue;
-            }
-            if (d->buffered.holds[slot] == TORN) {
-                if ((newest[i] + 1 + RING - slot) % RING > 2 * SYNC_EVERY)
-                    mismatch("%s buffered slot %lu is corrupt", d->dir, slot);
-                d->buffered.holds[slot] = wipe(d, &d->buffered, slot);
-            }
-            if (newest[i] >= RING && d->direct.holds[slot] + RING <= newest[i] &&
-                slot != (newest[i] + 1) % RING)
-                mismatch("%s direct slot %lu was lost", d->dir, slot);
-            /* The buffered write of the newest number may be there while the direct one is not. */
-            if (d->buffered.holds[slot] > newest[i] + 1)
-                mismatch("%s buffered is ahead of direct", d->dir);
-        }
-        if (newest[i] > seq)
-            seq = newest[i];
     }
-    for (int i = 0; i < disk_count && !verdict[0]; i++) {
-        if (newest[i] + 1 < seq)
-            mismatch("%s is at %lu, another disk at %lu", disks[i].dir, newest[i], seq);
-        else if (newest[i] < seq) /* the power went between the two disks' writes: catch up */
-            put(&disks[i], &disks[i].direct, disks[i].direct.raw, seq, "direct");
+    for (struct disk *d = disks; d < disks + disk_count && !verdict[0]; d++) {
+        for (uint64_t number = seq < RING ? 1 : seq - RING + 1; number <= seq; number++) {
+            if (lost(d, &d->direct, number, "direct"))
+                put(d, &d->direct, d->direct.raw, number, "direct");
+            if (lost(d, &d->buffered, number, "buffered"))
+                put(d, &d->buffered, d->buffered.fd, number, "buffered");
+        }
+        if (!verdict[0])
+            flush(d);
     }
 }
 

@@ -100,6 +100,42 @@ def test_only_written_pages_are_collected_again(start: Start, packs: PackStore) 
         assert contents(again.image, packs) == victim.memory()
 
 
+@pytest.mark.parametrize("regions", [1, 511, 512, 513, 2047, 2048, 2049, 3000])
+def test_every_page_is_found_once(start: Start, packs: PackStore, regions: int) -> None:
+    """Where there are more regions than fit into one piece of the kernel's walk, its walk_end is
+    that of an earlier piece: going on from there found the tail a second time, and an older copy of
+    a page could win over a newer one."""
+    with start(main=8192) as victim, victim.guest("userfaultfd") as guest:
+        victim.write(0, 1, 6100)
+        image = take(guest, packs, "first", Image.zero(victim.layout))[0].image
+        victim.do("e", 0, regions, 3)  # every other page
+        with guest.capture(trusted=True) as capture:
+            assert capture._dirty().pages == regions
+            capture.precopy(enough=0, rounds=1)
+            assert capture.precopied_pages == regions
+            capture.seal()
+            assert capture.sealed_pages == 0 and capture.untouched()
+            done = capture.write(image, image, packs, "second")
+        assert done.new_pages == regions
+        assert contents(done.image, packs) == victim.memory()
+
+
+def test_pages_written_during_a_precopy_win(start: Start, packs: PackStore) -> None:
+    """With a guest that never rests: what is stored is what its memory holds in the pause."""
+    with start(main=8192) as victim, victim.guest("userfaultfd") as guest:
+        victim.write(0, 1, 6100)
+        image = Image.zero(victim.layout)
+        for number in range(8):
+            victim.begin("e", 0, 3000, 100 + number, 3)  # three times over, each with other bytes
+            with guest.capture(trusted=number > 0) as capture:
+                capture.precopy(enough=0)
+                victim.done()
+                capture.seal()
+                image = capture.write(image, None, packs, f"p{number}").image
+            assert contents(image, packs) == victim.memory(), number
+            image.verify(packs)
+
+
 def test_an_untrusted_capture_sees_every_anonymous_page(start: Start, packs: PackStore) -> None:
     with start() as victim, victim.guest("userfaultfd") as guest:
         victim.write(0, 1, 200)

@@ -54,7 +54,7 @@ int main(int argc, char **argv)
         unsigned long seed = 0;
         if (sscanf(line, " %c %ld %ld %lu", &what, &page, &count, &seed) < 1)
             return 5;
-        for (long i = 0; i < count && what != 'x' && what != 'd'; i++) {
+        for (long i = 0; i < count && what != 'x' && what != 'd' && what != 'e'; i++) {
             uint64_t *words = (uint64_t *)page_at(page + i);
             if (what == 'w')
                 for (int w = 0; w < 512; w++)
@@ -67,6 +67,17 @@ int main(int argc, char **argv)
                 sum += *(volatile uint64_t *)words;
             else if (what == 'o')
                 madvise(words, 4096, MADV_PAGEOUT);
+        }
+        if (what == 'e') { /* every other page, a few times over, each time with other bytes */
+            long rounds = 1;
+            if (sscanf(line, " e %ld %ld %lu %ld", &page, &count, &seed, &rounds) < 3)
+                return 5;
+            for (long round = 0; round < rounds; round++)
+                for (long i = 0; i < count; i++) {
+                    uint64_t *words = (uint64_t *)page_at(page + 2 * i);
+                    for (int w = 0; w < 512; w++)
+                        words[w] = (seed + (unsigned long)round) * UINT64_C(0x9E3779B97F4A7C15) + (uint64_t)(w + i);
+                }
         }
         if (what == 'x')
             close((int)page);

@@ -28,6 +28,7 @@ from .guest import (
     wait_console,
     wait_witness,
 )
+from .oracle import assert_same_memory, image_of, memory_of_the_pause
 
 pytestmark = pytest.mark.guest
 Boot = Callable[..., Machine]
@@ -121,6 +122,23 @@ def test_a_paused_machine_stays_paused(store: Store, boot: Boot) -> None:
     assert fork.status()["state"] == "paused"
     assert web.start() == "resumed"
     wait_witness(web, 0)
+
+
+def test_an_epoch_is_the_memory_of_its_pause(store: Store, boot: Boot,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was copied ahead while the guest went on writing."""
+    web = boot(cpus=2)
+    epochs = []
+    with memory_of_the_pause(store, web, monkeypatch) as seen:
+        for number in range(8):
+            ctl(web, "dirty", "12")
+            epochs.append(web.create(flat=number == 5 or None))
+    assert max(epoch.stats["pages_precopied"] for epoch in epochs) > 3000
+    for number, (epoch, memory) in enumerate(zip(epochs, seen, strict=True)):
+        assert_same_memory(image_of(store, epoch), memory, f"epoch {number}")
+    assert store.verify() == []
+    with pytest.raises(AssertionError, match="pages differ"):  # the control
+        assert_same_memory(image_of(store, epochs[0]), seen[1], "another epoch")
 
 
 def test_memory_that_a_device_writes_in_the_pause(store: Store, boot: Boot,

@@ -3,7 +3,7 @@
 from setuptools import Extension, setup
 
 setup(
-    cffi_modules=["memsave/build_native.py:ffi"],
+    cffi_modules=["memsave/build_native.py:ffi", "blockcow/build_devmapper.py:ffi"],
     ext_modules=[
         # Not a Python module: a library that the hypervisor loads through LD_PRELOAD.
         Extension(

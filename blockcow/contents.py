@@ -56,11 +56,17 @@ def checksum(path: Path, progress: Progress | None = None) -> str:
 
 def checksum_fd(fd: int, progress: Progress | None = None) -> str:
     """:func:`checksum` of an open file."""
+    return checksum_of(fd, data_extents(fd, os.lseek(fd, 0, os.SEEK_END)), progress)
+
+
+def checksum_of(fd: int, extents: Iterable[tuple[int, int]],
+                progress: Progress | None = None) -> str:
+    """The same where the caller knows what is not zero: ``(start, end)``, ascending."""
     total = 0
     size = os.lseek(fd, 0, os.SEEK_END)
     buffer = memoryview(bytearray(CHUNK))
     position = 0
-    for start, end in data_extents(fd, size):
+    for start, end in extents:
         begin = max(position, start // BLOCK * BLOCK)
         stop = min(size, -(-end // BLOCK) * BLOCK)
         while begin < stop:

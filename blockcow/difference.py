@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .interface import BlockError, Chain, Difference, JsonDict
+from .interface import BlockError, Chain, Difference
 from .nbd import exported
-from .qcow2_graph import chain_options
+from .qcow2_graph import chain_options, nested
 from .tools import json_name, json_of, run
 
 GRANULARITY = 4096
@@ -46,19 +46,9 @@ def _allocated(directory: Path, chain: Chain, count: int) -> list[Range]:
     """What the ``count`` top layers of a chain hold, zeros included."""
     if count == 0:
         return []
-    image = _nested(chain_options(directory, chain))
+    image = nested(chain_options(directory, chain))
     entries = json_of(run(["qemu-img", "map", "--output=json", json_name(image)]))
     return [(e["start"], e["length"]) for e in entries if e["depth"] < count]
-
-
-def _nested(options: list[JsonDict]) -> JsonDict:
-    """The same graph as one tree, as a ``json:`` name takes it."""
-    tree: JsonDict = {}
-    for entry in options:
-        if entry.get("backing") is not None:
-            entry = {**entry, "backing": tree}  # noqa: PLW2901
-        tree = entry
-    return tree
 
 
 def union(ranges: Iterable[Range], size: int) -> list[Range]:

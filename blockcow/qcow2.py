@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .interface import (
     Layer,
     LayerDamaged,
     LiveBlocks,
+    Plain,
     Source,
 )
 from .names import checked_id, in_directory
@@ -35,13 +37,14 @@ from .qcow2_graph import (
     backing_nodes,
     chain_options,
     frozen_options,
+    nested,
     open_nodes,
     reopen_options,
 )
 from .qcow2_header import create_overlay
 
 
-class Qcow2Backend:
+class Qcow2Backend(Plain):
     """See :class:`blockcow.interface.Backend`. ``directory`` must exist (mode 0700)."""
 
     name = "qcow2"
@@ -56,7 +59,8 @@ class Qcow2Backend:
             return f"{self.directory} is not a directory that we can write to: create it, mode 0700"
         return None
 
-    def adopt(self, source: Source, layer_id: str, progress: Progress | None = None) -> Layer:
+    def adopt(self, source: Source, layer_id: str, progress: Progress | None = None, *,
+              owner: str = "") -> Layer:
         """Reads all of the disk's data once, for the checksum. ``progress`` gets the bytes read
         since its last call. Raises BlockError if the disk changed meanwhile."""
         before = signature(source.path)
@@ -73,7 +77,7 @@ class Qcow2Backend:
             signature=before,
         )
 
-    def clone(self, chain: Chain, layer_id: str) -> Layer:
+    def clone(self, chain: Chain, layer_id: str, *, owner: str = "") -> Layer:
         below = chain[0]
         layer = overlay_layer(layer_id, below)
         create_overlay(self.directory / layer.file, below.size, below.file, below.format)
@@ -85,14 +89,17 @@ class Qcow2Backend:
 
     def blockdev(self, chain: Chain, node: str) -> list[JsonDict]:
         """Raises LayerDamaged if a layer's file is missing."""
-        for layer in chain:
-            path = in_directory(self.directory, layer.file)
-            if not path.exists():
-                raise LayerDamaged(f"layer {layer.id} ({path}) is missing", layer.id, path)
+        self._require_files(chain)
         below = chain_options(self.directory, chain[1:])
         backing = below[-1]["node-name"] if below else None
         path = in_directory(self.directory, chain[0].file)
         return [*below, active_options(path, node, backing)]
+
+    def _require_files(self, chain: Chain) -> None:
+        for layer in chain:
+            path = in_directory(self.directory, layer.file)
+            if not path.exists():
+                raise LayerDamaged(f"layer {layer.id} ({path}) is missing", layer.id, path)
 
     def prepare_freeze(
         self, live: LiveBlocks, parts: Sequence[tuple[Freeze, Chain]]
@@ -106,6 +113,9 @@ class Qcow2Backend:
 
     def files(self, layer_id: str) -> list[Path]:
         return files(self.directory, layer_id)
+
+    def discard(self, layer_id: str) -> None:
+        remove(self.directory, layer_id)
 
     def drop(self, layer: Layer) -> None:
         """Of a replacement that was not promoted only its own file; of any other layer every
@@ -125,6 +135,11 @@ class Qcow2Backend:
         if Path(layer.file).is_absolute():
             return 0
         return (self.directory / layer.file).stat().st_blocks * 512
+
+    @contextmanager
+    def exposed(self, chain: Chain) -> Iterator[JsonDict]:
+        self._require_files(chain)
+        yield nested(chain_options(self.directory, chain))
 
     def difference(self, a: Chain, b: Chain) -> Difference:
         return differing(self.directory, a, b)

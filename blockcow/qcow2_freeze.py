@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .contents import sealed, sync_data, sync_file
-from .interface import BlockError, Chain, Freeze, Frozen, JsonDict, Layer, LiveBlocks
+from .interface import BlockError, Chain, Freeze, Frozen, JsonDict, Layer, LiveBlocks, PlainFreeze
 from .names import checked_id, in_directory
 from .qcow2_graph import active_options, backing_nodes, open_nodes
 from .qcow2_header import create_overlay, read_overlay
@@ -43,7 +43,7 @@ def overlay_layer(layer_id: str, backing: Layer) -> Layer:
     )
 
 
-class Qcow2Freeze:
+class Qcow2Freeze(PlainFreeze):
     """See :class:`blockcow.interface.FreezeTicket`. Made by :meth:`prepare`."""
 
     def __init__(self, directory: Path, live: LiveBlocks, parts: Parts) -> None:
@@ -102,7 +102,7 @@ class Qcow2Freeze:
             path = in_directory(self._directory, part.active.file)
             checksum, signature = sealed(path, progress)
             frozen = replace(part.active, checksum=checksum, signature=signature)
-            outcome.append(Frozen(part.disk, frozen, active))
+            outcome.append(Frozen(part.disk, frozen, active, path.stat().st_blocks * 512))
         if self._parts:
             sync_file(self._directory)
         return outcome

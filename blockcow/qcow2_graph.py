@@ -25,7 +25,7 @@ L2_CACHE_ENTRY = 4096
 idle disk need not load. One entry covers 32 MiB of disk."""
 
 
-def _file(path: Path, node: str, writable: bool) -> JsonDict:
+def _file(path: Path, node: str, writable: bool, direct: bool = False) -> JsonDict:
     block = stat.S_ISBLK(path.stat().st_mode)
     return {
         "driver": "host_device" if block else "file",
@@ -35,17 +35,17 @@ def _file(path: Path, node: str, writable: bool) -> JsonDict:
         "read-only": not writable,
         "auto-read-only": True,
         "discard": "unmap",
-        "cache": {"direct": False, "no-flush": False},
+        "cache": {"direct": direct, "no-flush": False},
     }
 
 
-def _format(driver: str, node: str, writable: bool) -> JsonDict:
+def _format(driver: str, node: str, writable: bool, direct: bool = False) -> JsonDict:
     options: JsonDict = {
         "driver": driver,
         "node-name": node,
         "read-only": not writable,
         "discard": "unmap",
-        "cache": {"direct": False, "no-flush": False},
+        "cache": {"direct": direct, "no-flush": False},
     }
     if driver == "qcow2":
         options["l2-cache-entry-size"] = L2_CACHE_ENTRY
@@ -60,9 +60,11 @@ def active_options(path: Path, node: str, backing: str | None) -> JsonDict:
     return {**options, "file": _file(path, node, writable=True), "backing": backing}
 
 
-def raw_options(path: Path, node: str) -> JsonDict:
-    """Options of an active raw file, which needs nothing beneath it."""
-    return {**_format("raw", node, writable=True), "file": _file(path, node, writable=True)}
+def raw_options(path: Path, node: str, *, direct: bool = False) -> JsonDict:
+    """Options of an active raw file or device, which needs nothing beneath it. ``direct``: past the
+    host's page cache."""
+    return {**_format("raw", node, writable=True, direct=direct),
+            "file": _file(path, node, writable=True, direct=direct)}
 
 
 def reopen_options(node: str, backing: str) -> JsonDict:
@@ -95,6 +97,22 @@ def chain_options(directory: Path, frozen: Sequence[Layer]) -> list[JsonDict]:
         backing = options[-1]["node-name"] if options else None
         options.append(frozen_options(directory, layer, backing))
     return options
+
+
+def nested(options: Sequence[JsonDict]) -> JsonDict:
+    """The same graph as one tree, as a ``json:`` name takes it."""
+    tree: JsonDict = {}
+    for entry in options:
+        tree = {**entry, "backing": tree} if entry.get("backing") is not None else entry
+    return tree
+
+
+def raw_tree(path: Path) -> JsonDict:
+    """A raw file or device, read-only, as such a tree."""
+    driver = "host_device" if stat.S_ISBLK(path.stat().st_mode) else "file"
+    return {"driver": "raw", "read-only": True,
+            "file": {"driver": driver, "filename": str(path), "read-only": True,
+                     "locking": "off"}}
 
 
 def open_nodes(live: LiveBlocks) -> set[str]:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,10 +44,13 @@ from .interface import (
     Layer,
     LayerDamaged,
     LiveBlocks,
+    Plain,
+    PlainFreeze,
     Source,
 )
 from .names import checked_id, in_directory
-from .qcow2_graph import raw_options
+from .qcow2_graph import raw_options, raw_tree
+from .reference import refer, reference_file, referred
 from .tools import run
 
 FICLONE = 0x40049409
@@ -65,7 +67,7 @@ def raw_file(layer_id: str) -> str:
 
 def files(directory: Path, layer_id: str) -> list[Path]:
     name = raw_file(layer_id)
-    return [directory / name, directory / f"{name}.tmp", _reference(directory / name)]
+    return [directory / name, directory / f"{name}.tmp", reference_file(directory, layer_id)]
 
 
 def _remove(directory: Path, layer_id: str) -> None:
@@ -73,44 +75,29 @@ def _remove(directory: Path, layer_id: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _reference(path: Path) -> Path:
-    return path.with_name(path.name + ".ref")
-
-
-def _refer(active: Path, frozen: Layer) -> None:
-    """Note beside an active file the frozen layer it shares most with. Only a hint that saves
-    reading: it may be lost, old, or name a layer that is gone."""
-    hint = {"file": frozen.file, "checksum": frozen.checksum, "signature": frozen.signature}
-    write = os.open(
-        _reference(active), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
-        0o600,
-    )  # fmt: skip
-    try:
-        os.write(write, json.dumps(hint).encode())
-    finally:
-        os.close(write)
-
-
 def _sealed_by_change(
-    copy: Path, active: Path, progress: Progress | None
-) -> tuple[str, str] | None:
+    copy: Path, active: Path, layer_id: str, progress: Progress | None
+) -> tuple[str, str, int] | None:
     """Checksum and signature of a durable ``copy`` from those of the layer that ``active`` refers
-    to, reading only what the two do not share; None if that layer cannot be relied on."""
+    to, reading only what the two do not share, and the size of that; None if that layer cannot be
+    relied on."""
+    hint = referred(active.parent, layer_id)
+    if hint is None:
+        return None
+    known = copy.with_name(hint.file)
     try:
-        hint = json.loads(_reference(active).read_bytes()[:4096])
-        known = copy.with_name(hint["file"])
-        if not hint["checksum"] or signature(known) != hint["signature"]:
+        if signature(known) != hint.signature:
             return None
         with known.open("rb") as old, copy.open("rb") as new:
             size = os.fstat(new.fileno()).st_size
             if os.fstat(old.fileno()).st_size != size:
                 return None
             seen = signature(copy)
-            ranges = unshared(extents(old.fileno(), size), extents(new.fileno(), size))
-            total = changed_checksum(hint["checksum"], old.fileno(), new.fileno(), ranges, progress)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            ranges = list(unshared(extents(old.fileno(), size), extents(new.fileno(), size)))
+            total = changed_checksum(hint.checksum, old.fileno(), new.fileno(), ranges, progress)
+    except (OSError, ValueError):
         return None
-    return total, seen
+    return total, seen, sum(length for _, length in ranges)
 
 
 def _new_file(path: Path) -> int:
@@ -143,7 +130,7 @@ def _reflink(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-class ReflinkBackend:
+class ReflinkBackend(Plain):
     """See :class:`blockcow.interface.Backend`. ``directory`` must exist (mode 0700)."""
 
     name = "reflink"
@@ -170,7 +157,8 @@ class ReflinkBackend:
             )
         return None
 
-    def adopt(self, source: Source, layer_id: str, progress: Progress | None = None) -> Layer:
+    def adopt(self, source: Source, layer_id: str, progress: Progress | None = None, *,
+              owner: str = "") -> Layer:
         """Reflinked if the disk is on the same file system, else copied; qcow2 is converted.
         ``progress`` gets the bytes copied or read since its last call."""
         target = self.directory / raw_file(layer_id)
@@ -215,7 +203,7 @@ class ReflinkBackend:
         sync_file(self.directory)
         return replace(layer, checksum=digest, signature=seen)
 
-    def clone(self, chain: Chain, layer_id: str) -> Layer:
+    def clone(self, chain: Chain, layer_id: str, *, owner: str = "") -> Layer:
         below = chain[0]
         layer = Layer(checked_id(layer_id), self.name, "raw", raw_file(layer_id), below.size)
         try:
@@ -225,7 +213,7 @@ class ReflinkBackend:
             raise LayerDamaged(f"layer {below.id} ({path}) is missing", below.id, path) from error
         except OSError as error:
             raise BlockError(f"layer {below.id} was not cloned: {error.strerror}") from error
-        _refer(self.directory / layer.file, below)
+        refer(self.directory, layer.id, below)
         return layer
 
     def sync(self, layer: Layer) -> None:
@@ -254,6 +242,9 @@ class ReflinkBackend:
     def files(self, layer_id: str) -> list[Path]:
         return files(self.directory, layer_id)
 
+    def discard(self, layer_id: str) -> None:
+        _remove(self.directory, layer_id)
+
     def drop(self, layer: Layer) -> None:
         if not Path(layer.file).is_absolute():
             _remove(self.directory, layer.id)
@@ -265,6 +256,13 @@ class ReflinkBackend:
         """Every block the file refers to, though others share it: deleting one layer of many
         frees less."""
         return (self.directory / layer.file).stat().st_blocks * 512
+
+    @contextlib.contextmanager
+    def exposed(self, chain: Chain) -> Iterator[JsonDict]:
+        path = self.directory / chain[0].file
+        if not path.exists():
+            raise LayerDamaged(f"layer {chain[0].id} ({path}) is missing", chain[0].id, path)
+        yield raw_tree(path)
 
     def difference(self, a: Chain, b: Chain) -> Difference:
         """Blocks at the same physical place are equal; the others are read and compared."""
@@ -288,15 +286,6 @@ class ReflinkBackend:
     def seal_layer(self, layer: Layer) -> Layer:
         """Freeze a layer that no process writes to any more: durable, checksummed."""
         return self._sealed(layer)
-
-    def consolidate(self, chain: Chain, count: int) -> Layer:
-        raise BlockError("reflink layers stand alone: there is nothing to merge")
-
-    def promote(self, replacement: Layer) -> Layer:
-        raise BlockError("reflink layers stand alone: there is nothing to merge")
-
-    def rebacking(self, live: LiveBlocks, active: Layer, node: str, chain: Chain) -> None:
-        """Nothing lies under a reflink layer."""
 
 
 def _copy_data(source: Source, write: int, progress: Progress | None) -> None:
@@ -329,7 +318,7 @@ def _read(fd: int, offset: int, length: int) -> bytes:
     return b"".join(pieces)
 
 
-class ReflinkFreeze:
+class ReflinkFreeze(PlainFreeze):
     """See :class:`blockcow.interface.FreezeTicket`. Made by :meth:`prepare`."""
 
     def __init__(self, directory: Path, parts: Parts) -> None:
@@ -383,12 +372,14 @@ class ReflinkFreeze:
             path = self._directory / raw_file(part.new_id)
             active = self._directory / part.active.file
             sync_file(path)
-            digest, seen = _sealed_by_change(path, active, progress) or sealed(path, progress)
+            digest, seen, written = (
+                _sealed_by_change(path, active, part.active.id, progress)
+                or (*sealed(path, progress), path.stat().st_blocks * 512))
             frozen = Layer(
                 part.new_id, "reflink", "raw", path.name, part.active.size, None, digest, seen
             )
-            _refer(active, frozen)
-            outcome.append(Frozen(part.disk, frozen, part.active))
+            refer(self._directory, part.active.id, frozen)
+            outcome.append(Frozen(part.disk, frozen, part.active, written))
         if self._parts:
             sync_file(self._directory)
         return outcome

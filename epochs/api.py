@@ -26,12 +26,14 @@ from typing import Any
 
 import memsave
 from epochs import graph
-from epochs.catalog import EpochRecord, MachineRecord
+from epochs.catalog import EpochRecord, MachineRecord, MountRecord
 from epochs.errors import Failed, Refused, UsageError
 from epochs.protocol import create as creation
 from epochs.protocol import delete as deletion
 from epochs.protocol import diff as difference
 from epochs.protocol import instances, lifecycle, recover, switch, upkeep
+from epochs.protocol import mounts as mounting
+from epochs.protocol import pools as pooling
 from epochs.protocol import verify as verification
 from epochs.qemu import agent, screen
 from epochs.qemu.process import AGENT_SOCKET, CONSOLE_SOCKET
@@ -315,6 +317,33 @@ class Store:
         machines = switch.fork(self.files, self.epoch(epoch).record, names, paused=paused)
         return [Machine(self, machine.name) for machine in machines]
 
+    # -- pools -------------------------------------------------------------------------------------
+    def pools(self) -> list[pooling.PoolState]:
+        """All thin pools of this store, as they are now."""
+        self.settle()
+        return pooling.listed(self.files)
+
+    def pool(self, name: str) -> pooling.PoolState:
+        """One pool; NotFound."""
+        self.settle()
+        return pooling.state(self.files, pooling.named(self.files, name))
+
+    def create_pool(self, name: str, path: Path | str, *, size: int | None = None,
+                    force: bool = False) -> pooling.PoolState:
+        """A new pool on a device or file; see :func:`epochs.protocol.pools.create`."""
+        self.settle()
+        return pooling.create(self.files, name, Path(path), size=size, force=force)
+
+    def extend_pool(self, name: str, *, size: int | None = None) -> pooling.PoolState:
+        """Let a pool have what its device became larger by."""
+        self.settle()
+        return pooling.extend(self.files, name, size=size)
+
+    def remove_pool(self, name: str) -> None:
+        """Give a pool's device back; Refused while layers are in it."""
+        self.settle()
+        pooling.remove(self.files, name)
+
     # -- epochs ------------------------------------------------------------------------------------
     def epochs(self, machine: str | None = None) -> list[Epoch]:
         """All epochs, oldest first; with a machine, those on its line and those made of it."""
@@ -381,11 +410,31 @@ class Store:
         with self.files.shared():
             return verification.verify(self.files, [one.record for one in chosen], progress)
 
-    def diff(self, a: Epoch | str, b: Epoch | str) -> difference.EpochDiff:
-        """What differs between two epochs: pages and disk blocks, exactly."""
+    def diff(self, a: Epoch | str, b: Epoch | str, *, files: bool = False) -> difference.EpochDiff:
+        """What differs between two epochs: pages and disk blocks, exactly; with ``files`` also the
+        files of their file systems (only root may)."""
         self.settle()
         with self.files.shared():
-            return difference.diff(self.files, self.epoch(a).record, self.epoch(b).record)
+            return difference.diff(self.files, self.epoch(a).record, self.epoch(b).record,
+                                   files=files)
+
+    def mount(self, epoch: Epoch | str, directory: Path | str, *, disk: str | None = None,
+              partition: int | None = None) -> MountRecord:
+        """Mount a disk of an epoch, read-only, on an empty directory; only root may. ``disk`` and
+        ``partition`` say which, where there are several."""
+        self.settle()
+        return mounting.mount(self.files, self.epoch(epoch).record, disk, Path(directory),
+                              partition)
+
+    def mounts(self) -> list[MountRecord]:
+        """What is mounted."""
+        self.settle()
+        return self.files.catalog.mounts()
+
+    def umount(self, directory: Path | str) -> MountRecord:
+        """Take a mount down; Refused while somebody works in it."""
+        self.settle()
+        return mounting.umount(self.files, Path(directory))
 
     def digest(self, epoch: Epoch | str) -> str:
         """The canonical digest of an epoch's guest memory: equal memory, equal digest."""

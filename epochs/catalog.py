@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +30,13 @@ CREATE TABLE machines (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, created REAL NOT NULL,
     machine_type TEXT NOT NULL, mac TEXT NOT NULL, accel TEXT NOT NULL,
     head TEXT REFERENCES epochs(id)) STRICT;
+CREATE TABLE store (id TEXT NOT NULL) STRICT;
+CREATE TABLE pools (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, path TEXT NOT NULL, uuid TEXT NOT NULL,
+    trans INTEGER NOT NULL, next INTEGER NOT NULL) STRICT;
+CREATE TABLE mounts (
+    id TEXT PRIMARY KEY, epoch TEXT NOT NULL REFERENCES epochs(id), disk TEXT NOT NULL,
+    directory TEXT NOT NULL) STRICT;
 CREATE TABLE layers (
     id TEXT PRIMARY KEY, backend TEXT NOT NULL, format TEXT NOT NULL, file TEXT NOT NULL,
     size INTEGER NOT NULL, backing TEXT REFERENCES layers(id), checksum TEXT, signature TEXT,
@@ -88,6 +96,28 @@ class MachineRecord:
     mac: str
     accel: str
     head: str | None
+
+
+@dataclass(frozen=True)
+class MountRecord:
+    """A disk of an epoch that is mounted on a directory (absolute)."""
+
+    id: str
+    epoch: str
+    disk: str
+    directory: str
+
+
+@dataclass(frozen=True)
+class PoolRecord:
+    """A thin pool: ``id`` (8 hexadecimal digits), where it is, ``uuid`` (of its label), the
+    transaction number that it must have."""
+
+    id: str
+    name: str
+    path: str
+    uuid: str
+    transaction: int
 
 
 @dataclass(frozen=True)
@@ -157,6 +187,8 @@ class Catalog:
             self._db = sqlite3.connect(path, timeout=BUSY_LIMIT, isolation_level=None)
             path.chmod(0o600)
             self._prepare(existed)
+            self.store_id = str(self._db.execute("SELECT id FROM store").fetchone()[0])
+            """What tells this store from others (32 hexadecimal digits)."""
         except sqlite3.DatabaseError as error:
             raise Failed(f"the store's catalog {path} cannot be opened: {error}") from error
         except PermissionError as error:
@@ -182,6 +214,7 @@ class Catalog:
             for statement in _SCHEMA.split(";"):
                 if statement.strip():
                     db.execute(statement)
+            db.execute("INSERT INTO store VALUES (?)", (uuid.uuid4().hex,))
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def close(self) -> None:
@@ -210,6 +243,58 @@ class Catalog:
     def _rollback(self) -> None:
         if self._db.in_transaction:  # a full disk makes SQLite roll back by itself
             self._db.execute("ROLLBACK")
+
+    # -- mounts --------------------------------------------------------------------------------
+    def mounts(self) -> list[MountRecord]:
+        rows = self._db.execute("SELECT id, epoch, disk, directory FROM mounts ORDER BY directory")
+        return [MountRecord(*row) for row in rows]
+
+    def add_mount(self, record: MountRecord) -> None:
+        self._db.execute("INSERT INTO mounts VALUES (?, ?, ?, ?)",
+                         (record.id, record.epoch, record.disk, record.directory))
+
+    def remove_mount(self, mount_id: str) -> None:
+        self._db.execute("DELETE FROM mounts WHERE id = ?", (mount_id,))
+
+    # -- pools ---------------------------------------------------------------------------------
+    _POOL = "id, name, path, uuid, trans"
+
+    def pools(self) -> list[PoolRecord]:
+        rows = self._db.execute(f"SELECT {self._POOL} FROM pools ORDER BY name")
+        return [PoolRecord(*row) for row in rows]
+
+    def find_pool(self, name: str) -> PoolRecord | None:
+        row = self._db.execute(f"SELECT {self._POOL} FROM pools WHERE name = ?",
+                               (name,)).fetchone()
+        return PoolRecord(*row) if row else None
+
+    def pool_by_id(self, pool_id: str) -> PoolRecord | None:
+        row = self._db.execute(f"SELECT {self._POOL} FROM pools WHERE id = ?",
+                               (pool_id,)).fetchone()
+        return PoolRecord(*row) if row else None
+
+    def add_pool(self, pool: PoolRecord) -> None:
+        self._db.execute("INSERT INTO pools VALUES (?,?,?,?,?,0)",
+                         (pool.id, pool.name, pool.path, pool.uuid, pool.transaction))
+
+    def remove_pool(self, pool_id: str) -> None:
+        self._db.execute("DELETE FROM pools WHERE id = ?", (pool_id,))
+
+    def set_pool_transaction(self, pool_id: str, transaction: int) -> None:
+        self._db.execute("UPDATE pools SET trans = ? WHERE id = ?", (transaction, pool_id))
+
+    def next_in_pool(self, pool_id: str) -> int:
+        """The next number that was never given out in a pool."""
+        with self.transaction():
+            row = self._db.execute("UPDATE pools SET next = next + 1 WHERE id = ? RETURNING next",
+                                   (pool_id,)).fetchone()
+        return int(row[0]) - 1
+
+    def layers_in_pool(self, pool_id: str) -> list[str]:
+        """Ids of the layers that lie in a pool."""
+        rows = self._db.execute("SELECT id FROM layers WHERE backend = 'dmthin' "
+                                "AND substr(id, 1, 8) = ? ORDER BY id", (pool_id,))
+        return [row[0] for row in rows]
 
     # -- machines ------------------------------------------------------------------------------
     _MACHINE = "id, name, spec, created, machine_type, mac, accel, head"
@@ -366,6 +451,12 @@ class Catalog:
         rows = self._db.execute("SELECT id FROM epochs WHERE machine = ? ORDER BY created, rowid",
                                 (machine_id,))
         return [row[0] for row in rows]
+
+    def recent_stats(self, machine_id: str, count: int) -> list[dict[str, Any]]:
+        """Measured figures of a machine's newest epochs, newest first."""
+        rows = self._db.execute("SELECT stats FROM epochs WHERE machine = ? "
+                                "ORDER BY created DESC, rowid DESC LIMIT ?", (machine_id, count))
+        return [json.loads(row[0]) for row in rows]
 
     def epochs_by_prefix(self, prefix: str) -> list[str]:
         rows = self._db.execute("SELECT id FROM epochs WHERE substr(id, 1, ?) = ? LIMIT 3",

@@ -41,7 +41,8 @@ class Check:
 
 def examine(store: str | None) -> list[Check]:
     """All checks, in the order of what depends on what."""
-    return [*_qemu(), _tool("qemu-img", "qemu-utils"), _memory(), _tracking(), *_store(store)]
+    return [*_qemu(), _tool("qemu-img", "qemu-utils"), _memory(), _tracking(), *_device_mapper(),
+            _showing(), *_store(store)]
 
 
 def _qemu() -> list[Check]:
@@ -60,6 +61,40 @@ def _tool(name: str, package: str) -> Check:
     found = shutil.which(name)
     return Check(name, GOOD, found) if found else Check(name, MISSING, "not there",
                                                         f"apt-get install {package}")
+
+
+def _device_mapper() -> list[Check]:
+    """What disks on devices need. Without it those on files work as ever."""
+    from blockcow.devmapper import DmUnavailable, open_driver
+
+    try:
+        open_driver()
+    except DmUnavailable as error:
+        detail, _, mend = str(error).partition("; ")
+        return [Check("device-mapper", LACKING, f"{detail}: no pools, no disks on LVM and no "
+                      "dmsnap; disks on files (qcow2, reflink) work",
+                      mend or "use a host that has it")]
+    checks = [Check("device-mapper", GOOD, "there")]
+    for name, tool, package, what in (
+            ("thin tools", "thin_check", "thin-provisioning-tools", "pools and thin volumes"),
+            ("LVM", "lvm", "lvm2", "disks on logical volumes")):
+        found = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        checks.append(Check(name, GOOD, found) if found else
+                      Check(name, LACKING, f"{tool} is not there: no {what}",
+                            f"apt-get install {package}"))
+    return checks
+
+
+def _showing() -> Check:
+    if os.geteuid() != 0:
+        return Check("mount", LACKING, "only root may mount an epoch's disk, or compare its files",
+                     "run 'epochs mount' and 'epochs diff --files' as root")
+    from blockcow import fuse
+
+    refusal = fuse.refusal()
+    if refusal:
+        return Check("mount", LACKING, refusal, "modprobe fuse")
+    return Check("mount", GOOD, "epochs' disks can be mounted (FUSE)")
 
 
 def _memory() -> Check:
@@ -117,12 +152,32 @@ def _store(path: str | None) -> list[Check]:
                   Check("disk backend", GOOD, blockcow.choose(files.layers_dir))]
         try:
             checks += _machines(files)
+            checks += _pools(files)
         except sqlite3.DatabaseError as error:
             checks.append(Check("catalog", MISSING, f"{files.catalog.path} cannot be read: {error}",
                                 "bring the store back from a backup, or name another with --store"))
         return checks
     finally:
         files.close()
+
+
+def _pools(files: StoreFiles) -> list[Check]:
+    from epochs.protocol import pools
+
+    checks = []
+    for record in files.catalog.pools():
+        found = pools.state(files, record)
+        name, room = f"pool {record.name}", found.room
+        if room is None:
+            checks.append(Check(name, MISSING, found.trouble or "it cannot be asked",
+                                f"epochs pool status {record.name}"))
+            continue
+        detail = (f"{room.data / 2**20:.0f} of {room.data_total / 2**20:.0f} MiB free, metadata "
+                  f"{room.metadata / 2**20:.1f} of {room.metadata_total / 2**20:.1f} MiB")
+        low = room.data * 10 < room.data_total or room.metadata * 10 < room.metadata_total
+        checks.append(Check(name, LACKING, f"only {detail}", f"epochs pool extend {record.name}")
+                      if low else Check(name, GOOD, detail))
+    return checks
 
 
 def _machines(files: StoreFiles) -> list[Check]:

@@ -36,6 +36,7 @@ POINTS: dict[str, tuple[str, ...]] = {
         "rollback.prepared",
         "rollback.switched",
         "rollback.old-gone",
+        "rollback.taken-over",
         "rollback.resumed",
     ),
     "fork": (
@@ -53,12 +54,19 @@ POINTS: dict[str, tuple[str, ...]] = {
     "undo-create": ("undo-create.resumed", "undo-create.unfrozen"),
     "undo-switch": ("undo-switch.processes-gone", "undo-switch.files-gone"),
     "undo-consolidate": ("undo-consolidate.dropped",),
+    "undo-add": ("undo-add.discarded",),
+    "pool-create": ("pool-create.intended", "pool-create.allocated", "pool-create.labelled",
+                    "pool-create.opened", "pool-create.recorded"),
+    "pool-extend": ("pool-extend.intended", "pool-extend.allocated", "pool-extend.done"),
+    "pool-remove": ("pool-remove.forgotten", "pool-remove.erased"),
+    "mount": ("mount.intended", "mount.served", "mount.mounted", "umount.unmounted"),
     "consolidate": (
         "consolidate.intended",
         "consolidate.built",
         "consolidate.promoted",
         "consolidate.recorded",
     ),
+    "rebacking": ("rebacking.done",),
 }
 
 ALL = frozenset(point for points in POINTS.values() for point in points)

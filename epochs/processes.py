@@ -46,6 +46,21 @@ class ProcessId:
         found = _stat(self.pid)
         return found is not None and found[0] not in "ZX" and found[1] == self.start_time
 
+    def terminate(self) -> None:
+        """SIGTERM; nothing if it is gone."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            if self.alive():  # checked with the pidfd held: the pid cannot change hands now
+                signal.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
+
     def kill(self, wait: float = 30.0) -> None:
         """SIGKILL and wait until it is gone; TimeoutError (seconds) if it will not go."""
         try:

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import tomllib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,16 @@ _OURS = ("-incoming", "-daemonize", "-S", "-qmp", "-mon", "-m", "-smp", "-machin
 
 @dataclass(frozen=True)
 class DiskSpec:
-    """One disk as given: ``format`` None means probed, ``backend`` None means chosen."""
+    """One disk as given: ``format`` None means probed, ``backend`` None means chosen. ``pool``:
+    name of the pool for the dmthin backend; None: the only one there is. ``snapshot``: bytes of a
+    classic snapshot of LVM; None: so many that it never gets full."""
 
     name: str
     file: str
     format: str | None = None
     backend: str | None = None
+    pool: str | None = None
+    snapshot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,19 +90,26 @@ def parse_size(text: str) -> int:
 
 
 def parse_disk(text: str) -> DiskSpec:
-    """``root=FILE[,format=F][,backend=B]``; a comma in the file name is written twice."""
+    """``root=FILE[,format=F][,backend=B][,pool=P][,snapshot=SIZE]``; a comma in the file name is
+    written twice."""
     name, equals, rest = text.partition("=")
     if not equals or not rest:
         raise UsageError(f"'{text}' is not a disk; write it like root=/path/to/image")
     parts = [part.replace("\0", ",") for part in rest.replace(",,", "\0").split(",")]
-    options: dict[str, str] = {}
+    options: dict[str, Any] = {}
     for part in parts[1:]:
         key, equals, value = part.partition("=")
-        if key not in ("format", "backend") or not value:
+        if key not in ("format", "backend", "pool", "snapshot") or not value:
             raise UsageError(f"disk {name}: unknown option '{part}'; "
-                             "there are format= and backend=")
-        options[key] = value
-    return DiskSpec(name, parts[0], options.get("format"), options.get("backend"))
+                             "there are format=, backend=, pool= and snapshot=")
+        options[key] = parse_size(value) if key == "snapshot" else value
+    return DiskSpec(name, parts[0], **options)
+
+
+def _disk(raw: dict[str, Any]) -> DiskSpec:
+    """A [[disk]]; TypeError for keys that there are not."""
+    disk = DiskSpec(**raw)
+    return disk if disk.snapshot is None else replace(disk, snapshot=parse_size(str(disk.snapshot)))
 
 
 def from_toml(path: Path) -> tuple[str | None, dict[str, Any]]:
@@ -116,7 +127,7 @@ def from_toml(path: Path) -> tuple[str | None, dict[str, Any]]:
     if unknown:
         raise UsageError(f"machine file {path}: unknown key '{unknown[0]}'")
     try:
-        raw["disks"] = tuple(DiskSpec(**disk) for disk in disks)
+        raw["disks"] = tuple(_disk(disk) for disk in disks)
     except TypeError as error:
         raise UsageError(f"machine file {path}: a [[disk]] {error}") from error
     if isinstance(raw.get("memory"), str):

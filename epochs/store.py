@@ -8,6 +8,7 @@
     STORE/packs/ID.pack, ID.idx       pages of guest memory
     STORE/layers/ID.*                 disk layers
     STORE/instances/ID/               sockets and log of a hypervisor, base.map, blank.ram
+    STORE/mounts/ID/                  what shows a mounted disk of an epoch
     STORE/machines/ID/console.log     the serial console since the machine was added
 
 Everything is 0700/0600: a memory image holds the guest's secrets.
@@ -17,16 +18,21 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import blockcow
 from epochs import locks
-from epochs.catalog import Catalog
+from epochs.catalog import Catalog, PoolRecord
 from epochs.durable import make_directory
 from epochs.errors import Refused
 from epochs.graph import Names, resolve
+
+if TYPE_CHECKING:
+    from blockcow.dmthin import DmThinBackend
+    from blockcow.pools import PoolName
 
 Notice = Callable[[str], None]
 
@@ -50,6 +56,33 @@ def silent(_message: str) -> None:
     """The notice function of callers that have nobody to tell."""
 
 
+class KnownPools:
+    """What the catalog says of pools, for the backend that uses them."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def _record(self, pool_id: str) -> PoolRecord:
+        found = self._catalog.pool_by_id(pool_id)
+        if found is None:
+            raise blockcow.BlockError(f"there is no pool {pool_id}; 'epochs pool list' shows those "
+                                      "there are")
+        return found
+
+    def pool(self, pool_id: str) -> PoolName:
+        from blockcow.pools import PoolName
+
+        found = self._record(pool_id)
+        return PoolName(found.id, found.name, Path(found.path),
+                        uuid.UUID(self._catalog.store_id), uuid.UUID(found.uuid))
+
+    def transaction(self, pool_id: str) -> int:
+        return self._record(pool_id).transaction
+
+    def unfinished(self) -> bool:
+        return bool(self._catalog.journal())
+
+
 class StoreFiles:
     """Paths, locks and the catalog of one store; no decisions."""
 
@@ -59,7 +92,8 @@ class StoreFiles:
         self.notice = notice
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("locks", "epochs", "packs", "layers", "instances", "machines"):
+            for name in ("locks", "epochs", "packs", "layers", "instances", "machines",
+                         "mounts"):
                 make_directory(self.path / name)
         except OSError as error:
             raise Refused(f"the store {self.path} cannot be used: {error.strerror}; name another "
@@ -69,7 +103,13 @@ class StoreFiles:
         self.catalog = Catalog(self.path / "catalog.sqlite")
 
     def close(self) -> None:
-        self.catalog.close()
+        """Let go of everything. A pool that cannot be taken down now is told."""
+        try:
+            self.rest()
+        except blockcow.BlockError as error:
+            self.notice(f"a pool stays open: {error}")
+        finally:
+            self.catalog.close()
 
     # -- where things are ----------------------------------------------------------------------
     @property
@@ -104,9 +144,40 @@ class StoreFiles:
     def console_log(self, machine_id: str) -> Path:
         return self.machine_dir(machine_id) / "console.log"
 
+    # -- disks ---------------------------------------------------------------------------------
     def backend(self, name: str) -> blockcow.Backend:
         """The disk backend of that name over this store's layers."""
-        return blockcow.backend(name, self.layers_dir)
+        return blockcow.backend(name, self.layers_dir, self.path / "locks",
+                                KnownPools(self.catalog), self.catalog.store_id)
+
+    def thin(self) -> DmThinBackend:
+        """The backend that keeps layers in pools of ours."""
+        from blockcow.dmthin import DmThinBackend
+
+        return DmThinBackend(self.layers_dir, self.path / "locks", KnownPools(self.catalog))
+
+    def new_layer(self, backend: str, base: str) -> str:
+        """An id for a new layer of the disk whose base layer is ``base``."""
+        return self.layer_in_pool(base[:8]) if backend == "dmthin" else new_id()
+
+    def layer_in_pool(self, pool_id: str) -> str:
+        """An id for a new layer in a pool."""
+        from blockcow.dmthin import layer_id
+
+        return layer_id(pool_id, self.catalog.next_in_pool(pool_id))
+
+    def moved_on(self, layers: Iterable[tuple[str, str]]) -> None:
+        """Inside a catalog transaction that adds or drops layers, given as (backend, id): move on
+        the transaction number of every pool that they lie in, in the pool and in the catalog."""
+        for pool_id in sorted({layer[:8] for backend, layer in layers if backend == "dmthin"}):
+            self.catalog.set_pool_transaction(pool_id, self.thin().advance(pool_id))
+
+    def rest(self) -> None:
+        """Take down the pools that no guest uses."""
+        if self.catalog.pools():
+            thin = self.thin()
+            for pool in self.catalog.pools():
+                thin.rest(pool.id)
 
     # -- locks ---------------------------------------------------------------------------------
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,15 +71,18 @@ class Capture:
         self.sealed_pages = 0
         """Pages that were collected in the pause."""
 
-    def precopy(self, *, enough: int = ENOUGH, rounds: int = ROUNDS) -> None:
+    def precopy(self, *, enough: int = ENOUGH, rounds: int = ROUNDS,
+                drained: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
         """Copy what is written already, while the guest runs, so that the pause has less to do.
 
         Ends when fewer than ``enough`` bytes are dirty, after ``rounds``, or when the dirty set
         does not shrink by a quarter. Does nothing without exact tracking.
 
-        Not to be used while a device writes to guest memory behind the page tables' back: direct
-        I/O (O_DIRECT) pins pages when it begins, and data that arrives after a page was protected
-        is not seen as written. seal() has no such limit, for there I/O is drained.
+        A device that writes to guest memory behind the page tables' back must not be in the middle
+        of that while pages are protected: direct I/O (O_DIRECT) pins pages when it begins, and data
+        that arrives after a page was protected is not seen as written. ``drained`` makes a context
+        in which none is; pages are found and protected within it, and copied after it. seal() needs
+        no such thing, for in the pause all I/O is drained.
         """
         self._require(sealed=False)
         if not self._tracker.exact:
@@ -90,7 +94,8 @@ class Capture:
                 return
             last = dirty
             ranges = Ranges()
-            self._tracker.collect(ranges, everything=self._everything, protect=True)
+            with drained():
+                self._tracker.collect(ranges, everything=self._everything, protect=True)
             self._everything = False
             size = ranges.pages * PAGE
             spool = self._spool if size + sum(b.size for b in self._buffers) > IN_MEMORY else None

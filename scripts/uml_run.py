@@ -80,7 +80,7 @@ def prepared(options: argparse.Namespace, place: Path) -> list[str]:
             *(f"ubd{number}={disk}" for number, disk in enumerate(disks))]
 
 
-def run(options: argparse.Namespace, place: Path) -> int:
+def run(options: argparse.Namespace, place: Path, memory: Path) -> int:
     kernel = prepared(options, place)
     output = [os.dup(1), os.dup(2)]
     log = options.kernel_log or place / "kernel.log"
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, place: Path) -> int:
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork",
              "--kill-child", "--mount-proc", *kernel],
             stdin=subprocess.DEVNULL, stdout=messages, stderr=messages,
-            pass_fds=(console, *output), env={**os.environ, "TMPDIR": str(place)})
+            pass_fds=(console, *output), env={**os.environ, "TMPDIR": str(memory)})
         for descriptor in (console, *output):
             os.close(descriptor)
         try:
@@ -127,13 +127,15 @@ def main() -> int:
         print(f"scripts/uml: {KERNEL} is not installed (Debian: user-mode-linux)", file=sys.stderr)
         return STALLED
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    place = Path(tempfile.mkdtemp(prefix="epochs-uml-"))
-    try:
-        return run(options, place)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    finally:
-        shutil.rmtree(place)
+    with (tempfile.TemporaryDirectory(prefix="epochs-uml-") as place,
+          # The machine's memory is a file without a name, which must not be written back to a disk.
+          tempfile.TemporaryDirectory(
+              prefix="epochs-uml-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+          ) as memory):
+        try:
+            return run(options, Path(place), Path(memory))
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

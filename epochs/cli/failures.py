@@ -104,13 +104,17 @@ def describe(error: Exception) -> tuple[str, str, int, dict[str, Any] | None]:
         return kind, str(error), error.exit_code, None
     if isinstance(error, FaultInjected):
         return kind, str(error), 5, None
-    from blockcow import BlockError, LayerDamaged, SourceRefused
+    from blockcow import BlockDamaged, BlockError, BlockRefused, LayerDamaged, SourceRefused
     from memsave.errors import MemoryDamaged, MemsaveError
 
     if isinstance(error, SourceRefused):
         return kind, str(error), 3 if "does not exist" in str(error) else 4, None
+    if isinstance(error, BlockRefused):
+        return kind, str(error), 4, None
     if isinstance(error, LayerDamaged | MemoryDamaged):
         return kind, str(error), 6, {"findings": [{"file": str(error.path)}]}
+    if isinstance(error, BlockDamaged):
+        return kind, str(error), 6, None
     if isinstance(error, BlockError | MemsaveError):
         return kind, str(error), 5, None
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -94,16 +94,23 @@ def show_command(ctx: click.Context, epoch: str) -> None:
 @click.command("diff")
 @click.argument("a", shell_complete=complete_epoch)
 @click.argument("b", shell_complete=complete_epoch)
+@click.option("--files", is_flag=True, help="Say which files differ, too (needs root).")
 @click.pass_context
-def diff_command(ctx: click.Context, a: str, b: str) -> None:
-    """Show what differs between two epochs: pages and disk blocks."""
+def diff_command(ctx: click.Context, a: str, b: str, files: bool) -> None:
+    """Show what differs between two epochs: pages and disk blocks, and with --files which files
+    were added (+), removed (-), changed (M), or got other owners, modes or times (a)."""
     with opened(ctx) as store:
-        found = store.diff(a, b).to_json()
+        found = store.diff(a, b, files=files).to_json()
     lines = [f"memory: {found['memory']['pages']} pages "
              f"({output.size(found['memory']['pages'] * 4096)}) in "
              f"{len(found['memory']['runs'])} runs"]
     lines += [f"disk {disk}: {output.size(part['bytes'])} in {len(part['ranges'])} ranges"
               for disk, part in found["disks"].items()]
+    marks = {"added": "+", "removed": "-", "changed": "M", "attributes": "a"}
+    for disk, changes in found.get("files", {}).items():
+        for one in changes:
+            where = f"{disk}:{one['partition']}" if one["partition"] else disk
+            lines.append(f"{marks[one['change']]} {where}:{output.printable(one['path'])}")
     emit(ctx, found, "\n".join(lines))
 
 

@@ -17,7 +17,7 @@ machine_argument = click.argument("name", shell_complete=complete_machine)
 @click.argument("name", required=False)
 @click.option("--memory", metavar="SIZE", help="RAM, like 512M or 2G.")
 @click.option("--cpus", type=int, help="Number of CPUs (default 1).")
-@click.option("--disk", "disks", multiple=True, metavar="NAME=FILE[,format=F][,backend=B]",
+@click.option("--disk", "disks", multiple=True, metavar="NAME=FILE[,format=F][,backend=B][,pool=P]",
               help="A disk image or block device; it is never written to.")
 @click.option("--kernel", help="Boot this kernel instead of a disk's boot loader.")
 @click.option("--initrd", help="Initial RAM disk for --kernel.")
@@ -120,8 +120,9 @@ def status_command(ctx: click.Context, name: str) -> None:
         ("runs as", f"{found['machine_type']}, {found['accelerator']}"
          + (f", QEMU {found['qemu']}, pid {found['pid']}" if found["pid"] else "")),
         ("network", found["net"]), ("display", "VGA" if found["vga"] else "none"),
-        *(("disk", f"{disk['name']}: {disk['backend']}, {disk['chain']} layers")
-          for disk in found["disks"]),
+        *(("disk", f"{disk['name']}: {disk['backend']}, {disk['chain']} layers"
+           + (f", {output.size(room['free'])} of {output.size(room['total'])} free in "
+              f"{room['where']}" if (room := disk["room"]) else "")) for disk in found["disks"]),
         ("head", (found["head"] or "no epoch yet")[:12]),
         ("epochs", str(found["epochs"])),
         ("console log", found["console_log"]),

@@ -56,6 +56,11 @@ def size(number: float) -> str:
     return f"{number:.1f} TiB"
 
 
+def printable(text: str) -> str:
+    """A name from inside a guest: what is not printable is shown as an escape."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def age(then: float) -> str:
     """How long ago: "5 min ago"."""
     seconds = max(0.0, time.time() - then)

@@ -10,15 +10,15 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import blockcow
 import memsave
 from blockcow import BlockError, Frozen, Layer
-from epochs import points
+from epochs import headroom, points
 from epochs.catalog import DiskRecord, EpochRecord, InstanceRecord, JournalRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree, sync_directory, write_file
 from epochs.errors import EpochsError, Failed, HypervisorDied, Refused, UsageError
@@ -33,6 +33,7 @@ from epochs.store import StoreFiles, new_id
 
 SPACE_MARGIN = 16 * 2**20  # bytes kept free beyond what an epoch may need
 RAW_STATE = "device.raw"
+DIRECT_ENOUGH = 16 * 2**20  # bytes dirty below which stopping the guest to pre-copy does not pay
 SEALS = 8  # times that the state is saved anew if devices write to memory meanwhile
 # Run states in which nothing but we lets the guest go on. Not: suspended to RAM, whence its own
 # alarm clock wakes it; powered off; stopped by QEMU for an error.
@@ -59,6 +60,7 @@ class _Work:
     new_layers: dict[str, str]
     monitor: Monitor
     operation: Operation
+    short_stops: list[float] = field(default_factory=list)
 
     @property
     def directory(self) -> Path:
@@ -85,7 +87,7 @@ def create(store: StoreFiles, machine: MachineRecord, *, message: str = "",
         disks = store.catalog.disks(machine.id)
         plan: dict[str, Any] = {
             "epoch": new_id(), "pack": new_id(), "instance": instance.id,
-            "layers": {disk.name: new_id() for disk in disks},
+            "layers": {disk.name: store.new_layer(disk.backend, disk.base) for disk in disks},
             "active": {disk.name: disk.active for disk in disks},
         }
         with operation(store, "create", machine.id, plan, undo) as under_way, \
@@ -135,12 +137,14 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
             if running and not work.machine.spec.extra:
                 # Devices of the user's own might write into guest memory behind the kernel's back
                 # (pinned pages); all of ours go through the page tables.
-                capture.precopy()
+                _precopy(work, capture)
             _check_space(work, capture.precopied_pages)
+            _check_rooms(work)
             with _prepared_disks(work) as tickets:
                 points.hit("create.prepared")
                 capture.reserve()
-                pause = _pause(work, tickets, capture, running)
+                with _armed(tickets):
+                    pause = _pause(work, tickets, capture, running)
                 monitor.close()  # QEMU serves one client: let others ask while we write
                 points.hit("create.resumed")
                 frozen = [part for ticket in tickets for part in ticket.seal()]
@@ -179,6 +183,26 @@ def _seal(work: _Work, message: str, tags: tuple[str, ...], flat: bool | None,
     return epoch
 
 
+def _precopy(work: _Work, capture: memsave.Capture) -> None:
+    """Copy what is written while the guest goes on. Direct I/O pins guest pages, and must be over
+    at the moment in which pages are protected: then the guest is stopped for that moment."""
+    if not any(disk.backend in blockcow.DIRECT for disk in work.disks):
+        capture.precopy()
+        return
+
+    @contextmanager
+    def stopped() -> Iterator[None]:
+        began = time.perf_counter()
+        work.monitor.execute("stop")  # returns with all I/O done
+        try:
+            yield
+        finally:
+            work.monitor.execute("cont")
+            work.short_stops.append(time.perf_counter() - began)
+
+    capture.precopy(enough=DIRECT_ENOUGH, rounds=2, drained=stopped)
+
+
 def _images(work: _Work, layout: memsave.Layout) -> tuple[memsave.Image, memsave.Image | None]:
     """What the instance's memory was when its tracking began, and the parent epoch's."""
     base_file = work.store.base_map(work.instance.id)
@@ -195,13 +219,13 @@ def _figures(work: _Work, pause: _Pause, capture: memsave.Capture, written: mems
     """What was measured, under the names of docs/json.md."""
     return {
         "pause_seconds": pause.total, "pause_steps": pause.steps,
+        "short_stops_seconds": work.short_stops,
         "pages_new": written.new_pages, "pages_changed": written.changed_pages,
         "pages_zero": written.zero_pages, "pages_folded": written.folded_pages,
         "pages_sealed_in_pause": capture.sealed_pages,
         "pages_precopied": capture.precopied_pages, "pages_resident": written.image.resident,
         "pack_bytes": written.bytes_written, "flat": written.flat,
-        "disk_bytes": {part.disk: work.store.backend(part.frozen.backend).usage(part.frozen)
-                       for part in frozen},
+        "disk_bytes": {part.disk: part.written for part in frozen},
     }
 
 
@@ -237,6 +261,31 @@ def _check_space(work: _Work, pages: int) -> None:
                       "enlarge the file system")
 
 
+def _check_rooms(work: _Work) -> None:
+    """Refuse before the pause if the disks have little room to grow in, by what the guest has been
+    writing between its last epochs."""
+    history = [stats["disk_bytes"] for stats in
+               work.store.catalog.recent_stats(work.machine.id, headroom.HISTORY)]
+    needed: dict[str, headroom.Wanted] = {}
+    for disk in work.disks:
+        layer = work.store.catalog.layer(disk.active or disk.base)
+        room = work.store.backend(disk.backend).room(layer)
+        if room is None:
+            continue
+        own = headroom.wanted([written.get(disk.name, 0) for written in history], room.block,
+                              layer.size)
+        before = needed.get(room.what, headroom.Wanted(0, 0))
+        both = needed[room.what] = headroom.Wanted(before.data + own.data,
+                                                   before.metadata + own.metadata)
+        for kind, left, wanted in (("data", room.data, both.data),
+                                   ("metadata", room.metadata, both.metadata)):
+            if left is not None and left < wanted:
+                raise Refused(
+                    f"{room.what} has {left / 2**20:.1f} MiB of {kind} free, but by what "
+                    f"'{work.machine.name}' has been writing between epochs it may need "
+                    f"{wanted / 2**20:.1f} MiB until the next one; {room.mend}, or delete epochs")
+
+
 def _anonymous_pages(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -256,13 +305,16 @@ def _parts(work: _Work) -> dict[str, list[tuple[blockcow.Freeze, list[Layer]]]]:
     for disk in work.disks:
         chain = work.store.catalog.chain(disk.active or disk.base)
         found.setdefault(disk.backend, []).append(
-            (_freeze(disk.name, chain[0], work.new_layers[disk.name]), chain))
+            (_freeze(work.machine, disk.name, chain[0], work.new_layers[disk.name], work.epoch),
+             chain))
     return found
 
 
-def _freeze(disk: str, active: Layer, new_id: str) -> blockcow.Freeze:
+def _freeze(machine: MachineRecord, disk: str, active: Layer, new_id: str,
+            epoch: str) -> blockcow.Freeze:
+    space = next((one.snapshot for one in machine.spec.disks if one.name == disk), None)
     return blockcow.Freeze(disk, active, new_id, command.disk_node(active.id),
-                           command.disk_node(new_id))
+                           command.disk_node(new_id), f"{machine.name}/{disk}#{epoch[:12]}", space)
 
 
 @contextmanager
@@ -281,6 +333,18 @@ def _prepared_disks(work: _Work) -> Iterator[list[blockcow.FreezeTicket]]:
             with suppress(BlockError, EpochsError, OSError):  # undo does the same by name
                 ticket.abort()
         raise
+
+
+@contextmanager
+def _armed(tickets: list[blockcow.FreezeTicket]) -> Iterator[None]:
+    """Others are kept out around the pause; they are let in again by all tickets before any of
+    them is sealed or aborted."""
+    with ExitStack() as stack:
+        for ticket in tickets:
+            stack.callback(ticket.disarm)
+        for ticket in tickets:
+            ticket.arm()
+        yield
 
 
 @dataclass(frozen=True)
@@ -369,6 +433,7 @@ def _commit(work: _Work, epoch: EpochRecord, tags: tuple[str, ...], frozen: list
         for tag in tags:
             catalog.put_tag(tag, work.machine.id, epoch.id)
         catalog.set_head(work.machine.id, epoch.id)
+        store.moved_on(_new_layers(work.disks, work.new_layers))
         catalog.put_instance(replace(work.instance, trusted=False), image.packs)
         work.operation.phase("committed")
     points.hit("create.committed")
@@ -378,6 +443,11 @@ def _commit(work: _Work, epoch: EpochRecord, tags: tuple[str, ...], frozen: list
 def _pending(store: StoreFiles, instance_id: str) -> Path:
     """What becomes the instance's base map once the epoch is committed."""
     return store.base_map(instance_id).with_suffix(".next")
+
+
+def _new_layers(disks: list[DiskRecord], layers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The layers that a create makes, as (backend, id)."""
+    return [(disk.backend, layers[disk.name]) for disk in disks if disk.name in layers]
 
 
 def finish_commit(store: StoreFiles, record: JournalRecord) -> None:
@@ -420,6 +490,8 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
             for layer in reversed(layers):  # bottom first: backing must exist
                 store.catalog.put_layer(layer)
             store.catalog.set_active(record.machine or "", name, layers[0].id)
+        store.moved_on(_new_layers(store.catalog.disks(record.machine or ""),
+                                   record.plan["layers"]))
         store.catalog.end(record.id)
 
 
@@ -443,7 +515,8 @@ def _unfrozen(store: StoreFiles, machine: MachineRecord, monitor: Monitor | None
             continue
         chain = store.catalog.chain(disk.active)
         by_backend.setdefault(disk.backend, []).append(
-            (_freeze(disk.name, chain[0], plan["layers"][disk.name]), chain))
+            (_freeze(machine, disk.name, chain[0], plan["layers"][disk.name], plan["epoch"]),
+             chain))
     held: dict[str, list[Layer]] = {}
     for backend, parts in by_backend.items():
         held.update(store.backend(backend).recover_freeze(monitor, parts))

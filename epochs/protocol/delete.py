@@ -7,7 +7,7 @@ from pathlib import Path
 
 from epochs import points
 from epochs.catalog import EpochRecord
-from epochs.protocol import upkeep
+from epochs.protocol import mounts, upkeep
 from epochs.protocol.journal import operation
 from epochs.store import StoreFiles
 
@@ -36,6 +36,7 @@ def delete(store: StoreFiles, epochs: list[EpochRecord]) -> Deletion:
     with store.exclusive():
         before = used_bytes(store)
         ids = [epoch.id for epoch in epochs]
+        mounts.refuse_mounted(store, ids)
         layers = sorted({layer for epoch in ids
                          for layer in store.catalog.epoch_layers(epoch).values()})
         with operation(store, "delete", None, {"epochs": ids, "layers": layers},

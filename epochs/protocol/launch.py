@@ -60,10 +60,12 @@ class Ready:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-def new_target(machine_id: str, disks: list[DiskRecord], *, cold: bool) -> Target:
+def new_target(store: StoreFiles, machine_id: str, disks: list[DiskRecord], *,
+               cold: bool) -> Target:
     """Name a target; a cold start makes layers only for disks that have no active one."""
     return Target(machine_id, new_id(),
-                  {disk.name: new_id() for disk in disks if not cold or disk.active is None})
+                  {disk.name: store.new_layer(disk.backend, disk.base) for disk in disks
+                   if not cold or disk.active is None})
 
 
 def launch(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], target: Target,
@@ -76,7 +78,7 @@ def launch(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], t
     clock = _Clock()
     make_directory(store.instance_dir(target.instance))
     make_directory(store.machine_dir(machine.id))  # a power cut may have taken it, new as it was
-    layers, chains = _disk_chains(store, disks, target, epoch)
+    layers, chains = _disk_chains(store, machine.name, disks, target, epoch)
     points.hit("launch.disks-cloned")
     clock.lap("disks")
     # Whoever switches to this instance records its layers, so they are durable before; meanwhile
@@ -154,9 +156,10 @@ def _spawned(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
                  image.packs if image is not None else frozenset(), clock.laps)
 
 
-def _disk_chains(store: StoreFiles, disks: list[DiskRecord], target: Target,
+def _disk_chains(store: StoreFiles, name: str, disks: list[DiskRecord], target: Target,
                  epoch: EpochRecord | None) -> tuple[dict[str, Layer], dict[str, list[Layer]]]:
-    """Clone what has to be cloned; returns the new active layers and every disk's chain."""
+    """Clone what has to be cloned for machine ``name``; returns the new active layers and every
+    disk's chain."""
     frozen = store.catalog.epoch_layers(epoch.id) if epoch else {}
     layers: dict[str, Layer] = {}
     chains: dict[str, list[Layer]] = {}
@@ -165,9 +168,12 @@ def _disk_chains(store: StoreFiles, disks: list[DiskRecord], target: Target,
             chains[disk.name] = store.catalog.chain(disk.active or disk.base)
             continue
         below = store.catalog.chain(frozen[disk.name] if epoch else disk.base)
-        layer = store.backend(disk.backend).clone(below, target.layers[disk.name])
+        layer = store.backend(disk.backend).clone(below, target.layers[disk.name],
+                                                  owner=f"{name}/{disk.name}")
         layers[disk.name] = layer
         chains[disk.name] = [layer, *(below if layer.backing else [])]
+    for disk in disks:
+        store.backend(disk.backend).activate(chains[disk.name])
     return layers, chains
 
 
@@ -224,8 +230,7 @@ def undo(store: StoreFiles, target: Target, backends: Mapping[str, str]) -> None
     """Remove whatever a launch may have left behind; ``backends`` maps disk names to backends."""
     end_processes(store, target.instance)
     for disk, layer_id in target.layers.items():
-        for file in store.backend(backends[disk]).files(layer_id):
-            file.unlink(missing_ok=True)
+        store.backend(backends[disk]).discard(layer_id)
     remove_tree(store.instance_dir(target.instance))
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import blockcow
-from blockcow import Layer
+from blockcow import BlockError, Layer
 from blockcow.source import probe
+from epochs import points
 from epochs.catalog import DiskRecord, JournalRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree, write_file
 from epochs.errors import Failed, HypervisorDied, Refused
 from epochs.processes import boot_id
-from epochs.protocol import launch, upkeep
+from epochs.protocol import launch, mounts, pools, upkeep
 from epochs.protocol.instances import open_monitor, state
 from epochs.protocol.journal import operation
 from epochs.protocol.switch import put_off
@@ -39,28 +40,31 @@ def add(store: StoreFiles, name: str, spec: MachineSpec,
     check(spec)
     qemu = binary.find(spec.qemu)
     with store.shared():
-        sources = [(disk, _backend(store, disk), probe(Path(disk.file), disk.format))
-                   for disk in spec.disks]
+        sources = [(disk, _backend(store, disk, source), source) for disk in spec.disks
+                   for source in (probe(Path(disk.file), disk.format),)]
         _refuse_shared_disks(store, sources)
         accel = _accelerator(store, spec, qemu)
         machine = MachineRecord(new_id(), name, _absolute(spec, sources), time.time(),
                                 binary.machine_type(qemu, MACHINE_ALIAS), "", accel, None)
         machine = replace(machine, mac=command.mac_address(machine.id))
         plan = {"machine": machine.id,
-                "layers": [[backend, new_id()] for _, backend, _ in sources]}
+                "layers": [[backend, _new_base(store, disk, backend)]
+                           for disk, backend, _ in sources]}
         with operation(store, "add", machine.id, plan, undo_add) as under_way:
             make_directory(store.machine_dir(machine.id))
             layers: list[Layer] = []
             for (disk, backend, source), (_, layer_id) in zip(sources, plan["layers"],
                                                               strict=True):
                 layers.append(store.backend(backend).adopt(
-                    source, layer_id, _disk_progress(progress, disk, source)))
+                    source, layer_id, _disk_progress(progress, disk, source),
+                    owner=f"{name}/{disk.name}#base"))
             with store.catalog.transaction():
                 for layer in layers:
                     store.catalog.put_layer(layer)
                 store.catalog.add_machine(machine, [
                     DiskRecord(disk.name, backend, layer.id, None)
                     for (disk, backend, _), layer in zip(sources, layers, strict=True)])
+                store.moved_on((layer.backend, layer.id) for layer in layers)
                 under_way.end()
     return machine
 
@@ -79,22 +83,57 @@ def _disk_progress(progress: Callable[[str, int, int], None] | None, disk: DiskS
     return advance
 
 
-def _backend(store: StoreFiles, disk: DiskSpec) -> str:
+def _backend(store: StoreFiles, disk: DiskSpec, source: blockcow.Source) -> str:
     if disk.backend is None:
         return blockcow.choose(store.layers_dir)
-    if disk.backend not in blockcow.BACKENDS:
+    if disk.backend not in (*blockcow.BACKENDS, blockcow.LVM):
         raise Refused(f"disk '{disk.name}': there is no backend '{disk.backend}'; there are "
-                      + ", ".join(sorted(blockcow.BACKENDS)))
-    refusal = store.backend(disk.backend).available()
+                      + ", ".join(sorted((*blockcow.BACKENDS, blockcow.LVM))))
+    of_lvm = disk.backend.startswith(blockcow.LVM)
+    refusal = store.backend("lvm-thin" if of_lvm else disk.backend).available()
     if refusal:
         raise Refused(f"disk '{disk.name}' cannot use the {disk.backend} backend: {refusal}")
-    return disk.backend
+    found = blockcow.lvm_backend(source.path, store.path / "locks") if of_lvm else disk.backend
+    if disk.backend not in (found, blockcow.LVM):
+        raise Refused(f"disk '{disk.name}': {source.path} takes backend={found}, not "
+                      f"{disk.backend}")
+    if disk.snapshot is not None and found != "lvm-thick":
+        raise Refused(f"disk '{disk.name}': snapshot= is for ordinary volumes of LVM only")
+    return found
+
+
+def _new_base(store: StoreFiles, disk: DiskSpec, backend: str) -> str:
+    """An id for a disk's base layer; Refused if it is not clear in which pool it goes."""
+    if backend != "dmthin":
+        if disk.pool is not None:
+            raise Refused(f"disk '{disk.name}' goes into a pool only with backend=dmthin")
+        return new_id()
+    if disk.pool is not None:
+        return store.layer_in_pool(pools.named(store, disk.pool).id)
+    there = store.catalog.pools()
+    if len(there) != 1:
+        raise Refused(f"disk '{disk.name}': " + (
+            "say in which pool, with pool=NAME; there are " + ", ".join(p.name for p in there)
+            if there else "there is no pool yet; make one with 'epochs pool create NAME DEVICE'"))
+    return store.layer_in_pool(there[0].id)
 
 
 def _refuse_shared_disks(store: StoreFiles,
                          sources: list[tuple[DiskSpec, str, blockcow.Source]]) -> None:
-    """A store's own files are no disks to add."""
-    for disk, _, source in sources:
+    """A store's own files are no disks to add, nor is a volume that a machine writes to itself."""
+    written = {layer.signature for layer in store.catalog.layers()
+               if layer.backend == "lvm-thick" and layer.backing is None}
+    for disk, backend, source in sources:
+        if backend == "lvm-thick":
+            own, others = blockcow.written_volume(source.path, store.path / "locks",
+                                                  store.catalog.store_id)
+            if own in written:
+                raise Refused(f"disk '{disk.name}': {source.path} is the disk of a machine "
+                              "already, is given twice, or has epochs; remove those first")
+            if others:
+                raise Refused(f"disk '{disk.name}': {source.path} has epochs in another store "
+                              f"({others}); remove those first")
+            written.add(own)
         if source.path.resolve().is_relative_to(store.path):
             raise Refused(f"disk '{disk.name}': {source.path} belongs to the store itself; fork an "
                           "epoch instead")
@@ -142,10 +181,11 @@ def undo_add(store: StoreFiles, record: JournalRecord) -> None:
     """Remove what an unfinished ``add`` made."""
     if store.catalog.machine_by_id(record.plan["machine"]) is None:
         for backend, layer_id in record.plan["layers"]:
-            for file in store.backend(backend).files(layer_id):
-                file.unlink(missing_ok=True)
+            store.backend(backend).discard(layer_id)
         remove_tree(store.machine_dir(record.plan["machine"]))
+    points.hit("undo-add.discarded")
     with store.catalog.transaction():
+        store.moved_on((backend, layer_id) for backend, layer_id in record.plan["layers"])
         store.catalog.end(record.id)
 
 
@@ -213,10 +253,12 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
     """Forget a machine, its present disks and console log. Its epochs stay unless asked for."""
     if state(store, machine).alive and not force:
         raise Refused(f"machine '{machine.name}' is on; stop it first or use --force")
+    mounts.refuse_mounted(store, store.catalog.epochs_of(machine.id) if with_epochs else [])
     with store.shared():
         put_off(store, machine)
-    gone = store.catalog.epochs_of(machine.id) if with_epochs else []
     with store.exclusive():
+        gone = store.catalog.epochs_of(machine.id) if with_epochs else []
+        mounts.refuse_mounted(store, gone)
         layers = [layer for disk in store.catalog.disks(machine.id)
                   for layer in (disk.active, disk.base) if layer]
         with operation(store, "remove", machine.id,
@@ -232,12 +274,42 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
     return Removal(machine.name, gone)
 
 
+def _why_stuck(store: StoreFiles, machine: MachineRecord, word: str) -> str | None:
+    """Why QEMU holds a guest, with the mend, as far as it can be told from here."""
+    if word != "io-error":
+        return None
+    then = f"then 'epochs start {machine.name}' lets it go on"
+    for disk in store.catalog.disks(machine.id):
+        if disk.active is not None:
+            room = store.backend(disk.backend).room(store.catalog.layer(disk.active))
+            if room is not None and room.data < room.block:
+                return f"{room.what} is full: {room.mend}, {then}; nothing is lost"
+    return f"a disk of it failed; mend the cause, {then}"
+
+
+def _room(store: StoreFiles, disk: DiskRecord) -> dict[str, Any] | None:
+    """What is left where a disk grows, for --json; None where that is the store's file system, or
+    where it cannot be asked now."""
+    if disk.backend not in blockcow.DIRECT or disk.active is None:
+        return None
+    try:
+        room = store.backend(disk.backend).room(store.catalog.layer(disk.active))
+    except BlockError as error:
+        store.notice(f"disk '{disk.name}': {error}")
+        return None
+    if room is None:
+        return None
+    return {"where": room.what, "free": room.data, "total": room.data_total,
+            "metadata_free": room.metadata, "metadata_total": room.metadata_total}
+
+
 def describe(store: StoreFiles, machine: MachineRecord) -> dict[str, Any]:
     """A machine as plain data for ``list``, ``status`` and --json (docs/json.md)."""
     found = state(store, machine)
     instance = found.instance
     return {
-        "name": machine.name, "id": machine.id, "state": found.word, "detail": found.detail,
+        "name": machine.name, "id": machine.id, "state": found.word,
+        "detail": found.detail or _why_stuck(store, machine, found.word),
         "head": machine.head, "epochs": len(store.catalog.epochs_of(machine.id)),
         "memory": machine.spec.memory,
         "cpus": machine.spec.cpus, "accelerator": machine.accel,
@@ -247,7 +319,7 @@ def describe(store: StoreFiles, machine: MachineRecord) -> dict[str, Any]:
         "started": instance.started if instance else None,
         "created": machine.created,
         "console_log": str(store.console_log(machine.id)),
-        "disks": [{"name": disk.name, "backend": disk.backend,
+        "disks": [{"name": disk.name, "backend": disk.backend, "room": _room(store, disk),
                    "chain": len(store.catalog.chain(disk.active or disk.base))}
                   for disk in store.catalog.disks(machine.id)],
     }

@@ -15,7 +15,7 @@ from blockcow import BlockError
 from epochs.catalog import JournalRecord
 from epochs.errors import EpochsError
 from epochs.processes import ProcessId
-from epochs.protocol import create, lifecycle, switch, upkeep
+from epochs.protocol import create, lifecycle, mounts, pools, switch, upkeep
 from epochs.protocol.journal import under_way_here
 from epochs.store import StoreFiles
 from memsave.errors import MemsaveError
@@ -29,6 +29,13 @@ UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
     "delete": upkeep.redo_delete,
     "remove": upkeep.redo_delete,
     "consolidate": upkeep.undo_consolidate,
+    "mount": mounts.undo_mount,
+    "umount": mounts.undo_mount,
+    "view": mounts.undo_mount,
+    "rebacking": upkeep.undo_rebacking,
+    "pool-create": pools.undo_create,
+    "pool-extend": pools.redo_extend,
+    "pool-remove": pools.redo_remove,
 }
 
 
@@ -42,7 +49,9 @@ class Recovered:
 
     @property
     def outcome(self) -> str:
-        finished = self.kind in ("delete", "remove") or self.phase in ("committed", "switched")
+        finished = (self.kind in ("delete", "remove", "pool-extend", "pool-remove",
+                                  "umount")
+                    or self.phase in ("committed", "switched"))
         return "finished" if finished else "undone"
 
 
@@ -69,6 +78,10 @@ def recover(store: StoreFiles) -> list[Recovered]:
                     settled += _settle(store, record)
                 except (EpochsError, BlockError, MemsaveError, OSError) as error:
                     store.notice(f"an interrupted {record.kind} cannot be settled yet: {error}")
+    try:
+        mounts.drop_dead(store)
+    except (EpochsError, BlockError, OSError) as error:
+        store.notice(f"a mount whose daemon has ended cannot be taken down yet: {error}")
     if settled or _leftovers(store):
         with store.try_exclusive() as alone:
             if alone:

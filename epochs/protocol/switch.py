@@ -7,12 +7,21 @@ that transaction ``recover`` removes what was launched; after it, it finishes th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from blockcow import LayerDamaged
 from epochs import points
-from epochs.catalog import DiskRecord, EpochRecord, JournalRecord, MachineRecord
+from epochs.catalog import (
+    DiskRecord,
+    EpochRecord,
+    InstanceRecord,
+    JournalRecord,
+    MachineRecord,
+)
 from epochs.durable import make_directory, remove_tree
 from epochs.errors import HypervisorDied, Refused
 from epochs.protocol import create as creation
@@ -40,21 +49,21 @@ def start(store: StoreFiles, machine: MachineRecord) -> str:
         return "resumed"
     with store.shared():
         disks = store.catalog.disks(machine.id)
-        target = launch.new_target(machine.id, disks, cold=True)
+        target = launch.new_target(store, machine.id, disks, cold=True)
         if found.instance is not None:
             # The old process (dead, or a powered-off guest's) still has the disks open.
             put_off(store, machine)
-        with operation(store, "start", machine.id, _plan([target], disks, running=True),
-                       undo) as under_way:
+        plan = _plan([target], disks, running=True,
+                     kept=[disk.active for disk in disks if disk.active])
+        for disk in disks:  # what cannot be undone now is better not begun
+            store.backend(disk.backend).check(store.catalog.layer(disk.base), full=False)
+        with operation(store, "start", machine.id, plan, undo) as under_way:
             points.hit("start.intended")
-            for disk in disks:
-                layer = store.catalog.layer(disk.base)
-                store.backend(disk.backend).check(layer, full=False)
             ready = launch.launch(store, machine, disks, target, None)
             with ready.monitor:
                 points.hit("start.launched")
                 with store.catalog.transaction():
-                    _put(store, ready)
+                    _put(store, [ready])
                     under_way.phase("switched")
                 points.hit("start.committed")
                 ready.monitor.execute("cont")
@@ -86,7 +95,7 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
             machine = store.catalog.machine(machine.name)
             disks = store.catalog.disks(machine.id)
         began = time.perf_counter()
-        target = launch.new_target(machine.id, disks, cold=False)
+        target = launch.new_target(store, machine.id, disks, cold=False)
         old = store.catalog.instance_of(machine.id)
         plan = _plan([target], disks, running=running, old=old.id if old else None,
                      old_layers=[disk.active for disk in disks if disk.active])
@@ -95,14 +104,17 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
             ready = launch.launch(store, machine, disks, target, epoch)
             with ready.monitor:
                 points.hit("rollback.prepared")
-                with store.catalog.transaction():
-                    _put(store, ready)
+                with _ready_to_take_over(store, ready, disks, old, running), \
+                        store.catalog.transaction():
+                    _put(store, [ready])
                     store.catalog.set_head(machine.id, epoch.id)
                     under_way.phase("switched")
                 points.hit("rollback.switched")
                 if old is not None:
                     launch.end_processes(store, old.id)
                 points.hit("rollback.old-gone")
+                _take_over(store, [target])
+                points.hit("rollback.taken-over")
                 if running:
                     ready.monitor.execute("cont")
                 seconds = time.perf_counter() - began
@@ -123,6 +135,12 @@ def _check_same_disks(store: StoreFiles, machine: MachineRecord, disks: list[Dis
         if any(d.name == disk and d.backend != backend for d in disks):
             raise Refused(f"disk '{disk}' of machine '{machine.name}' is not kept by {backend} as "
                           f"in epoch {epoch.id[:12]}; fork the epoch instead")
+        found = store.catalog.layer(layer)
+        if store.backend(backend).fork_refusal(found) is not None:
+            base = store.catalog.chain(layer)[-1].id
+            if any(d.name == disk and d.base != base for d in disks):
+                raise Refused(f"disk '{disk}' of epoch {epoch.id[:12]} is on another volume than "
+                              f"that of machine '{machine.name}'")
 
 
 def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
@@ -135,6 +153,7 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
     with store.shared():
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
+        _refuse_forks(store, epoch)
         now = time.time()
         source = store.catalog.machine_by_id(epoch.machine)
         disks = [DiskRecord(disk, store.catalog.layer(layer).backend,
@@ -144,7 +163,7 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
             MachineRecord(new_id(), name, epoch.spec, now, epoch.compatibility["machine_type"],
                           _mac(epoch, source), epoch.compatibility["accelerator"], epoch.id)
             for name in names]
-        targets = [launch.new_target(m.id, disks, cold=False) for m in machines]
+        targets = [launch.new_target(store, m.id, disks, cold=False) for m in machines]
         with operation(store, "fork", None, _plan(targets, disks, running=not paused),
                        undo) as under_way:
             points.hit("fork.intended")
@@ -154,9 +173,9 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
             try:
                 points.hit("fork.prepared")
                 with store.catalog.transaction():
-                    for machine, ready in zip(machines, launched, strict=True):
+                    for machine in machines:
                         store.catalog.add_machine(machine, disks)
-                        _put(store, ready)
+                    _put(store, launched)
                     under_way.phase("switched")
                 points.hit("fork.committed")
                 if not paused:
@@ -168,6 +187,15 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
                     ready.monitor.close()
             under_way.end()
     return machines
+
+
+def _refuse_forks(store: StoreFiles, epoch: EpochRecord) -> None:
+    for disk, layer_id in store.catalog.epoch_layers(epoch.id).items():
+        layer = store.catalog.layer(layer_id)
+        reason = store.backend(layer.backend).fork_refusal(layer)
+        if reason is not None:
+            raise Refused(f"epoch {epoch.id[:12]} cannot be forked because of disk '{disk}': "
+                          + reason)
 
 
 def _mac(epoch: EpochRecord, source: MachineRecord | None) -> str:
@@ -203,18 +231,23 @@ def _launch_all(store: StoreFiles, machines: list[MachineRecord], disks: list[Di
 
 
 def _plan(targets: Iterable[Target], disks: list[DiskRecord], *, running: bool,
-          old: str | None = None, old_layers: Iterable[str] = ()) -> dict[str, Any]:
+          old: str | None = None, old_layers: Iterable[str] = (),
+          kept: Iterable[str] = ()) -> dict[str, Any]:
+    """``kept``: active layers that a cold start goes on with."""
     return {"targets": [target.to_plan() for target in targets],
             "backends": {disk.name: disk.backend for disk in disks}, "running": running,
-            "old": old, "old_layers": list(old_layers)}
+            "old": old, "old_layers": list(old_layers), "kept": list(kept)}
 
 
-def _put(store: StoreFiles, ready: Ready) -> None:
-    """Record a ready instance with its layers (inside the switching transaction)."""
-    for disk, layer in ready.layers.items():
-        store.catalog.put_layer(layer)
-        store.catalog.set_active(ready.record.machine, disk, layer.id)
-    store.catalog.put_instance(ready.record, ready.packs)
+def _put(store: StoreFiles, instances: list[Ready]) -> None:
+    """Record ready instances with their layers (inside the switching transaction)."""
+    for ready in instances:
+        for disk, layer in ready.layers.items():
+            store.catalog.put_layer(layer)
+            store.catalog.set_active(ready.record.machine, disk, layer.id)
+        store.catalog.put_instance(ready.record, ready.packs)
+    store.moved_on((layer.backend, layer.id) for ready in instances
+                   for layer in ready.layers.values())
 
 
 def undo(store: StoreFiles, record: JournalRecord) -> None:
@@ -224,23 +257,92 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
         if record.plan["old"]:
             launch.end_processes(store, record.plan["old"])
         points.hit("undo-switch.processes-gone")
+        try:
+            _take_over(store, targets)
+        except LayerDamaged as error:
+            _give_up(store, targets, error)
         if record.plan["running"]:
             for target in targets:
                 _go_on(store, target)
         _finish(store, record)
         return
+    if record.plan["old"] and record.plan["running"] and any(
+            store.backend(backend).takes_over for backend in record.plan["backends"].values()):
+        _let_go_on(store, record.machine or "", record.plan["old"])
     for target in targets:
         launch.undo(store, target, record.plan["backends"])
         if store.catalog.machine_by_id(target.machine) is None:
             remove_tree(store.machine_dir(target.machine))
+    upkeep.deactivate(store, record.plan["kept"])
     points.hit("undo-switch.files-gone")
     with store.catalog.transaction():
+        store.moved_on((record.plan["backends"][disk], layer) for target in targets
+                       for disk, layer in target.layers.items())
         store.catalog.end(record.id)
 
 
+def _take_over(store: StoreFiles, targets: Iterable[Target]) -> None:
+    """The old hypervisors are gone, the new ones' guests have not run yet: let backends that have
+    only one place for a machine's disk go there."""
+    for target in targets:
+        for layer_id in target.layers.values():
+            if store.catalog.find_layer(layer_id) is None:
+                continue  # replaced since
+            chain = store.catalog.chain(layer_id)
+            taken = store.backend(chain[0].backend).take_over(chain)
+            if taken != chain[0]:
+                with store.catalog.transaction():
+                    store.catalog.put_layer(taken)
+
+
+@contextmanager
+def _ready_to_take_over(store: StoreFiles, ready: Ready, disks: list[DiskRecord],
+                        old: InstanceRecord | None, running: bool) -> Iterator[None]:
+    """Where the new instance will take a disk's only place: the old guest stands still, and whether
+    that can be done is looked at once more. If the switch does not come, it goes on."""
+    backends = {disk.name: store.backend(disk.backend) for disk in disks}
+    if not any(backend.takes_over for backend in backends.values()):
+        yield
+        return
+    held = old is not None and running and old.process.alive()
+    if held and old is not None:
+        with open_monitor(store, old) as monitor:
+            monitor.execute("stop")
+    try:
+        for name, layer in ready.layers.items():
+            below = store.catalog.chain(layer.backing) if layer.backing else []
+            backends[name].ready_to_take_over([layer, *below])
+        yield
+    except BaseException:
+        if held and old is not None:
+            _let_go_on(store, old.machine, old.id)
+        raise
+
+
+def _give_up(store: StoreFiles, targets: Iterable[Target], error: LayerDamaged) -> None:
+    """What a disk was to go back to was lost after the switch, and the machine must not stay stuck:
+    it is off, with its disks as they are now."""
+    for target in targets:
+        launch.end_processes(store, target.instance)
+        for layer_id in target.layers.values():
+            chain = store.catalog.chain(layer_id)
+            with store.catalog.transaction():
+                store.catalog.put_layer(replace(chain[0], backing=chain[-1].id))
+        machine = store.catalog.machine_by_id(target.machine)
+        if machine is not None:
+            put_off(store, machine)
+            store.notice(f"machine '{machine.name}' is off, and its disks may be a mixture of two "
+                         f"states ({error}); roll it back to another epoch")
+
+
 def _go_on(store: StoreFiles, target: Target) -> None:
-    instance = store.catalog.instance_of(target.machine)
-    if instance is None or instance.id != target.instance:
+    _let_go_on(store, target.machine, target.instance)
+
+
+def _let_go_on(store: StoreFiles, machine_id: str, instance_id: str) -> None:
+    """Let a guest go on that a command of ours holds, if that instance is still the machine's."""
+    instance = store.catalog.instance_of(machine_id)
+    if instance is None or instance.id != instance_id:
         return  # stopped or replaced since
     try:
         with open_monitor(store, instance) as monitor:
@@ -256,6 +358,7 @@ def _finish(store: StoreFiles, record: JournalRecord) -> None:
     """After the switch: the old instance's directory and layers go."""
     if record.plan["old"]:
         remove_tree(store.instance_dir(record.plan["old"]))
+    upkeep.deactivate(store, record.plan["old_layers"])
     upkeep.drop_layers(store, record.plan["old_layers"])
     upkeep.drop_packs(store)
     with store.catalog.transaction():
@@ -271,4 +374,6 @@ def put_off(store: StoreFiles, machine: MachineRecord) -> None:
     with store.catalog.transaction():
         store.catalog.remove_instance(instance.id)
     remove_tree(store.instance_dir(instance.id))
+    upkeep.deactivate(store, [disk.active for disk in store.catalog.disks(machine.id)
+                              if disk.active])
     upkeep.drop_packs(store)

@@ -31,7 +31,16 @@ def drop_layers(store: StoreFiles, layer_ids: list[str]) -> None:
             store.backend(layer.backend).drop(layer)
             with store.catalog.transaction():
                 store.catalog.remove_layer(layer.id)
+                store.moved_on([(layer.backend, layer.id)])
             layer = store.catalog.find_layer(layer.backing) if layer.backing else None
+
+
+def deactivate(store: StoreFiles, layer_ids: list[str]) -> None:
+    """Take down the devices of layers that no hypervisor uses any more."""
+    for layer_id in layer_ids:
+        layer = store.catalog.find_layer(layer_id)
+        if layer is not None:
+            store.backend(layer.backend).deactivate(layer)
 
 
 def drop_packs(store: StoreFiles) -> None:
@@ -91,12 +100,25 @@ def _read_through(store: StoreFiles, machine_id: str, active_id: str) -> None:
     if instance is None:
         return
     active, *below = store.catalog.chain(active_id)
-    try:
-        with open_monitor(store, instance) as monitor:
-            store.backend(active.backend).rebacking(monitor, active,
-                                                    command.disk_node(active.id), below)
-    except HypervisorDied:
-        return  # its next start opens the short chain
+    with operation(store, "rebacking", machine_id, {"layer": active.id},
+                   undo_rebacking) as under_way:
+        try:
+            with open_monitor(store, instance) as monitor:
+                store.backend(active.backend).rebacking(monitor, active,
+                                                        command.disk_node(active.id), below)
+        except HypervisorDied:
+            pass  # its next start opens the short chain
+        points.hit("rebacking.done")
+        under_way.end()
+
+
+def undo_rebacking(store: StoreFiles, record: JournalRecord) -> None:
+    """The guest reads the same through the old layers and the new ones; it must only go on."""
+    layer = store.catalog.find_layer(record.plan["layer"])
+    if layer is not None:
+        store.backend(layer.backend).go_on(layer)
+    with store.catalog.transaction():
+        store.catalog.end(record.id)
 
 
 def consolidate(store: StoreFiles, chain: list[Layer], count: int) -> None:
@@ -174,9 +196,11 @@ def has_unwanted(store: StoreFiles) -> bool:
 
 def _next_step(store: StoreFiles) -> chains.Drop | chains.Consolidation | None:
     wanted, active = store.catalog.wanted_layers(), store.catalog.active_layers()
+    # Layers that are never merged are only looked at once nothing rests on them.
     return chains.unwanted([
         chains.Link(layer.id, layer.backing, layer.level, layer.id in active, layer.id in wanted)
-        for layer in store.catalog.layers()])
+        for layer in store.catalog.layers()
+        if layer.backend != "lvm-thick" or not store.catalog.layer_needed(layer.id)])
 
 
 def _link(layer: Layer) -> chains.Link:
@@ -208,11 +232,22 @@ def orphans(store: StoreFiles) -> list[Path]:
     known: set[Path] = {store.epoch_dir(epoch) for epoch in catalog.parents()}
     known |= {store.instance_dir(instance.id) for instance in catalog.instances()}
     known |= {store.machine_dir(machine.id) for machine in catalog.machines()}
+    known |= {store.path / "mounts" / mount.id for mount in catalog.mounts()}
     known |= {file for pack in catalog.pack_signatures() for file in packs.final_files(pack)}
     for layer in catalog.layers():
         known |= {store.layers_dir / layer.file, *store.backend(layer.backend).files(layer.id)}
-    return sorted(entry for place in ("epochs", "instances", "machines", "packs", "layers")
+    places = ("epochs", "instances", "machines", "mounts", "packs", "layers")
+    return sorted(entry for place in places
                   for entry in (store.path / place).iterdir() if entry not in known)
+
+
+def strays(store: StoreFiles) -> list[str]:
+    """Devices and volumes of ours that no layer in the catalog accounts for, in words."""
+    known: dict[str, set[str]] = {}
+    for layer in store.catalog.layers():
+        known.setdefault(layer.backend, set()).add(layer.id)
+    return [stray for backend, ids in known.items()
+            for stray in store.backend(backend).strays(ids)]
 
 
 def sweep(store: StoreFiles) -> list[Path]:

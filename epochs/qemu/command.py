@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blockcow
 from epochs.errors import Incompatible
 from epochs.qemu.binary import Qemu
 from epochs.qemu.monitor import to_json
@@ -54,6 +55,9 @@ def devices(spec: MachineSpec, mac: str) -> list[str]:
     if spec.vga:
         found.append("VGA,id=vga")
     found += [f"virtio-blk-pci,id=disk-{disk.name},drive=@{disk.name},serial={disk.name}"
+              # Where space can run out under a guest, it stands still until there is some, and
+              # then the write is done; an error would have it lose the file system.
+              + (",werror=stop" if disk.backend in blockcow.DIRECT else "")
               for disk in spec.disks]
     return found
 

@@ -73,7 +73,7 @@ def _mounted(kind: str, folder: Path) -> Iterator[Path]:
     try:
         yield at
     finally:
-        subprocess.run(["umount", str(at)], check=True)
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
         image.unlink()
 
 

@@ -13,6 +13,7 @@ from blockcow_qemu import MIB
 from blockcow import BACKENDS, Backend, BlockError, Layer, LayerDamaged, Source, backend
 from blockcow.contents import BLOCK, checksum, signature
 from blockcow.names import NODE_NAME_MAX, checked_id, file_node, frozen_node
+from blockcow.pools import PoolName
 
 
 def plain(data: bytes) -> str:
@@ -144,9 +145,22 @@ def test_node_names_fit_and_follow_the_file(tmp_path: Path) -> None:
     assert checked_id("x" * 100)
 
 
+class NoPools:
+    """A catalog that knows of no pool."""
+
+    def pool(self, pool_id: str) -> PoolName:
+        raise BlockError(f"there is no pool {pool_id}")
+
+    def transaction(self, pool_id: str) -> int:
+        raise BlockError(f"there is no pool {pool_id}")
+
+    def unfinished(self) -> bool:
+        return False
+
+
 def test_backends_by_name(layers: Path) -> None:
     for name in BACKENDS:
-        assert backend(name, layers).name == name
+        assert backend(name, layers, layers, NoPools()).name == name
     with pytest.raises(BlockError, match="no disk backend 'zfs': choose one of qcow2, reflink"):
         backend("zfs", layers)
 

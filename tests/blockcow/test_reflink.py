@@ -148,9 +148,9 @@ def test_two_disks_or_none(
     (place.parent / "immutable").unlink()
     assert sorted(p.name for p in place.iterdir()) == [
         "a0.raw",
-        "a0.raw.ref",
+        "a0.ref",
         "b0.raw",
-        "b0.raw.ref",
+        "b0.ref",
         "base.raw",
     ]
     live.write("n0", 0, 4096, 5)
@@ -169,7 +169,7 @@ def test_recover_removes_the_copies(
     (place / "f1.raw.tmp").touch()
     assert {place / "f1.raw", place / "f1.raw.tmp"} < set(links.files("f1"))
     assert links.recover_freeze(None, parts) == {"root": [active]}
-    assert sorted(p.name for p in place.iterdir()) == ["a0.raw", "a0.raw.ref", "base.raw"]
+    assert sorted(p.name for p in place.iterdir()) == ["a0.raw", "a0.ref", "base.raw"]
     ticket.abort()
 
 
@@ -221,7 +221,7 @@ def test_seal_reads_only_what_changed(
     for number, hint in enumerate(hints):
         live.write("n0", number * MIB + 4096, 4096, number)
         if hint is not None:  # a hint that is lost or wrong costs time and nothing else
-            (place / "a0.raw.ref").write_bytes(hint)
+            (place / "a0.ref").write_bytes(hint)
         part = Freeze("root", active, f"f{number}", "n0", "x")
         ticket = links.prepare_freeze(live, [(part, [active])])
         ticket.freeze()

@@ -13,6 +13,7 @@ import pytest
 
 import memsave
 import memsave.errors
+from blockcow import devmapper, fuse
 from epochs import doctor
 from epochs.catalog import new_journal
 from epochs.cli import cli, failures
@@ -108,3 +109,30 @@ def test_an_interrupted_command_is_told_and_not_settled(tmp_path: Path) -> None:
     files = StoreFiles(tmp_path)
     assert [one.id for one in files.catalog.journal()] == ["j"], "doctor only looks"
     files.close()
+
+
+def test_a_host_without_device_mapper_says_what_still_works(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> None:
+        raise devmapper.DmUnavailable("device-mapper is not there: the kernel has no driver for "
+                                      "it; 'modprobe dm-mod' loads it", 19)
+
+    monkeypatch.setattr(devmapper, "open_driver", no_driver)
+    code, checks, _ = examine(tmp_path / "store")
+    assert code == 0, "machines on files need none"
+    found = checks["device-mapper"]
+    assert found.state == doctor.LACKING
+    assert "the kernel has no driver" in found.detail
+    assert "no pools, no disks on LVM and no dmsnap; disks on files (qcow2, reflink) work" in (
+        found.detail)
+    assert "modprobe dm-mod" in str(found.mend)
+    assert "LVM" not in checks, "it would be of no use"
+
+
+def test_mounting_needs_root_and_fuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
+    assert examine(tmp_path / "store")[1]["mount"].state == doctor.LACKING
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(fuse, "refusal", lambda: "the kernel has no FUSE")
+    found = examine(tmp_path / "store")[1]["mount"]
+    assert (found.state, found.mend) == (doctor.LACKING, "modprobe fuse")

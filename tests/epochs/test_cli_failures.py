@@ -17,6 +17,11 @@ from pathlib import Path
 import pytest
 
 import blockcow
+import blockcow.devmapper
+import blockcow.dmsnap
+import blockcow.dmthin
+import blockcow.lvm_thick
+import blockcow.lvm_thin
 import memsave.errors
 from epochs import errors
 from epochs.cli import cli, failures
@@ -186,6 +191,8 @@ def built(kind: type[BaseException]) -> Exception:
     found: BaseException
     if issubclass(kind, blockcow.LayerDamaged):
         found = kind("words", "layer", Path("/file"))
+    elif issubclass(kind, blockcow.devmapper.DmError):
+        found = kind("words", 5)
     elif issubclass(kind, memsave.errors.MemoryDamaged):
         found = kind("words", Path("/file"))
     elif issubclass(kind, MonitorError):
@@ -236,3 +243,21 @@ def test_damage_names_its_file() -> None:
         _, _, code, more = describe(error)
         assert code == 6
         assert more == {"findings": [{"file": "/s/layers/x"}]}
+
+
+@pytest.mark.parametrize("backend", ["dmthin", "lvm", "dmsnap"])
+def test_without_device_mapper_its_backends_are_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    def no_driver() -> None:
+        raise blockcow.devmapper.DmUnavailable("device-mapper is not there: no driver", 19)
+
+    for module in ("dmthin", "thin_layers", "lvm_thin", "lvm_thick", "dmsnap"):
+        monkeypatch.setattr(f"blockcow.{module}.open_driver", no_driver)
+    (tmp_path / "disk.img").write_bytes(bytes(2**20))
+    store = tmp_path / "store"
+    done = run(store, "add", "web", "--memory", "64M", "--disk",
+               f"a={tmp_path / 'disk.img'},format=raw,backend={backend}")
+    assert_sentence(done, 4, "device-mapper is not there")
+    assert_sentence(run(store, "pool", "create", "fast", str(tmp_path / "p"), "--size", "64M"), 4,
+                    "a pool needs device-mapper")
+    assert not (tmp_path / "p").exists()

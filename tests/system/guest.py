@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from blockcow.tools import json_name
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
 
 CTL = "/bin/witness-ctl"
@@ -86,10 +87,9 @@ def check_disks(store: Store, epoch: Epoch, scratch: Path) -> None:
     for disk, layer in epoch.disks.items():
         chain = store.files.catalog.chain(layer)
         copy = scratch / f"{epoch.id[:12]}-{disk}.raw"
-        top = chain[0]
-        source = top.file if top.file.startswith("/") else str(store.files.layers_dir / top.file)
-        subprocess.run(["qemu-img", "convert", "-U", "-f", top.format, "-O", "raw", source,
-                        str(copy)], check=True, capture_output=True)
+        with store.files.backend(chain[0].backend).exposed(chain) as image:
+            subprocess.run(["qemu-img", "convert", "-U", "-O", "raw", json_name(image), str(copy)],
+                           check=True, capture_output=True)
         replay = subprocess.run(["e2fsck", "-E", "journal_only", "-y", str(copy)],
                                 capture_output=True, text=True, check=False)
         assert replay.returncode in (0, 1), replay.stdout + replay.stderr
@@ -115,7 +115,7 @@ def mounted(directory: Path, kind: str, mib: int = 512) -> Iterator[Path]:
     try:
         yield mount
     finally:
-        subprocess.run(["umount", str(mount)], check=True)
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
 def processes_in(directory: Path) -> list[int]:
@@ -140,6 +140,7 @@ def assert_tidy(store: Store) -> None:
     assert upkeep.orphans(store.files) == []
     known = {i.process.pid for i in store.files.catalog.instances() if i.process.alive()}
     assert set(processes_in(store.files.path / "instances")) == known
+    assert upkeep.strays(store.files) == []
     blocks = {layer.id for layer in store.files.catalog.layers()}
     for epoch in store.epochs():
         assert set(epoch.disks.values()) <= blocks

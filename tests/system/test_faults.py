@@ -11,6 +11,7 @@ import pytest
 
 from epochs import Epoch, Machine, Store
 from epochs.points import ALL, POINTS
+from tests.dm.swept import VISITED as IN_POOLS
 
 from .guest import assert_tidy, check_disks, cli_json, ctl, run_cli, wait_console, wait_witness
 
@@ -112,7 +113,8 @@ def test_rollback(store: Store, boot: Boot, action: str) -> None:
     for point in ("rollback.intended", *LAUNCH, *POINTS["rollback"][1:]):
         struck(store, point, action, "rollback", "web", "web@first", "--discard")
         settled(store, point)
-        switched = point in ("rollback.switched", "rollback.old-gone", "rollback.resumed")
+        switched = point in ("rollback.switched", "rollback.old-gone", "rollback.taken-over",
+                             "rollback.resumed")
         assert web.status()["state"] == "running", point
         assert ctl(web, "nonce", "get") == ("sealed" if switched else "present"), point
         wait_witness(web, 0)
@@ -196,9 +198,30 @@ def test_start(store: Store, boot: Boot) -> None:
     wait_witness(web, 0)
 
 
+def test_rebacking(store: Store, boot: Boot) -> None:
+    """A create that merged layers is killed when the guest reads through the merged one: the epoch
+    is there, and the guest goes on."""
+    web, _, count = prepared(boot)
+    for _ in range(8):
+        before = {epoch.id for epoch in store.epochs()}
+        done = run_cli(store.files.path, "create", "web", fault="rebacking.done:kill", check=False)
+        assert len({epoch.id for epoch in store.epochs()} - before) == 1
+        if done.returncode == -signal.SIGKILL:
+            break
+    else:
+        pytest.fail("no create merged layers")
+    settled(store, "rebacking.done")
+    assert web.status()["state"] == "running"
+    assert ctl(web, "nonce", "get") == "present"
+    wait_witness(web, count)
+    assert store.verify() == []
+
+
 def test_every_point_is_visited_by_a_sweep() -> None:
-    """A new point must be added to a sweep above."""
+    """A new point must be added to a sweep above, to those over pools (tests/dm/swept.py), or to
+    that over mounts (test_files.py)."""
     visited = {*CREATE, *LAUNCH, *POINTS["rollback"], *POINTS["fork"], *POINTS["delete"],
                *POINTS["consolidate"], *POINTS["start"], *POINTS["undo-create"],
-               *POINTS["undo-switch"], *POINTS["undo-consolidate"]}
+               *POINTS["undo-switch"], *POINTS["undo-consolidate"], *IN_POOLS,
+               *POINTS["mount"], *POINTS["rebacking"]}
     assert visited == ALL

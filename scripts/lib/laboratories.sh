@@ -1,0 +1,6 @@
+# Sourced by what runs the laboratories: what they take from the host.
+# shellcheck shell=bash
+
+need_uml() {
+    need user-mode-linux kmod lvm2 dmsetup thin-provisioning-tools e2fsprogs util-linux fdisk iproute2
+}

@@ -119,6 +119,8 @@ class DmThinBackend(ThinLayers):
         actual, known = pool.status().transaction, self._pools.transaction(name.id)
         if actual == known or (actual == known + 1 and self._pools.unfinished()):
             return
+        if self._pools.transaction(name.id) != known:  # somebody committed in between
+            return self._check_transaction(name, pool)
         raise PoolMismatch(
             f"pool '{name.name}' is at transaction {actual}, the store's catalog at {known}: one "
             "of the two was brought back from another time. Nothing was changed; restore the one "
@@ -141,9 +143,11 @@ class DmThinBackend(ThinLayers):
         """Move the pool's transaction number on by one and return it. Called inside the catalog's
         transaction that changes the list of layers, which then records the number."""
         with self.writable(pool_id) as pool:
-            old = pool.status().transaction
-            pool.set_transaction(old, old + 1)
-            return old + 1
+            known = self._pools.transaction(pool_id)
+            # It has moved on already if the catalog's COMMIT did not follow, last time.
+            if pool.status().transaction == known:
+                pool.set_transaction(known, known + 1)
+            return known + 1
 
     def rest(self, pool_id: str) -> None:
         """Take the pool down if no layer of it is live."""

@@ -93,6 +93,10 @@ class PoolDevice:
         finally:
             os.close(fd)
 
+    def forget(self) -> None:
+        """Remove the lock file of a pool that is gone."""
+        self._lock_file.unlink(missing_ok=True)
+
     # -- its device -----------------------------------------------------------------------------
     def make(self) -> None:
         """Write a fresh label and empty metadata. The device or file exists and was checked."""

@@ -113,13 +113,12 @@ def many(place: Path, count: int) -> list[str]:
     """So many epochs in a pool, half of them deleted at random on the way."""
     rng = random.Random(20261125)
     missed = []
-    image = place / "disk.img"
-    with image.open("wb") as file:
-        for _ in range(8):
-            file.write(rng.randbytes(MIB))
+    for name in DISKS:
+        (place / f"disk{name}.img").write_bytes(rng.randbytes(4 * MIB))
     with Store(place / "many") as store:
         store.create_pool("fast", POOL, force=True)
-        disks = tuple(DiskSpec(name, str(image), "raw", "dmthin") for name in DISKS)
+        disks = tuple(DiskSpec(name, str(place / f"disk{name}.img"), "raw", "dmthin")
+                      for name in DISKS)
         bare = store.add("bare", MachineSpec(memory=16 * MIB, accel="tcg", net="none", disks=disks))
         bare.start()
         totals, freezes = [], []
@@ -182,11 +181,15 @@ def accounts(store: Store) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=["freezes", "epochs"])
     options = parser.parse_args()
     guest = Path(os.environ["EPOCHS_TINY"])
     with tempfile.TemporaryDirectory() as place:
-        missed = compare(guest, Path(place), 5 if options.quick else 20)
-        missed += many(Path(place), 60 if options.quick else 500)
+        missed = []
+        if options.only != "epochs":
+            missed += compare(guest, Path(place), 5 if options.quick else 20)
+        if options.only != "freezes":
+            missed += many(Path(place), 60 if options.quick else 500)
     print("every bar is met" if not missed else f"MISSED: {', '.join(missed)}")
     return 1 if missed else 0
 

@@ -1,9 +1,9 @@
 """Runs a command in User-Mode Linux; scripts/uml sets up what it needs.
 
 The kernel boots on the host's own root, read-only, so the command finds the checkout and the
-virtual environment where they are. What it writes goes to a scratch disk, mounted at /mnt (its
-/tmp is /tmp), or to further disks, /dev/ubdb and so on, whose images may outlive the run: killing
-this process is a power cut.
+virtual environment where they are. What it writes goes to a scratch disk, mounted at /mnt (its tmp
+is $TMPDIR, and /tmp unless the checkout is there), or to further disks, /dev/ubdb and so on, whose
+images may outlive the run: killing this process is a power cut.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def prepared(options: argparse.Namespace, place: Path) -> list[str]:
     for name, words in (("command", options.command), ("environment", environment)):
         (exchange / name).write_bytes(b"".join(os.fsencode(word) + b"\0" for word in words))
     (exchange / "directory").write_text(str(options.directory.resolve()))
+    needed = [str(options.directory.resolve()), sys.prefix, *(
+        value for key, value in os.environ.items() if key.startswith("EPOCHS_"))]
+    if any(text.startswith(("/tmp/", "/var/tmp/")) for text in needed):
+        # What the command needs would be hidden by a /tmp of its own.
+        (exchange / "keep-tmp").touch()
     scratch = image(options.scratch, place, 0)
     if size(options.scratch) is not None:
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0", str(scratch)],

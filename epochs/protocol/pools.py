@@ -26,6 +26,7 @@ from blockcow.pools import (
 )
 from epochs import points
 from epochs.catalog import JournalRecord, PoolRecord
+from epochs.durable import sync_directory
 from epochs.errors import NotFound, Refused, UsageError
 from epochs.protocol.journal import operation
 from epochs.store import StoreFiles
@@ -92,6 +93,9 @@ def create(store: StoreFiles, name: str, path: Path, *, size: int | None = None,
         with operation(store, "pool-create", None, plan, undo_create) as under_way:
             points.hit("pool-create.intended")
             if made and size is not None:
+                if path.exists():
+                    raise Refused(f"{path} is there by now; choose another name")
+                under_way.phase("making")
                 allocate(path, size)
             points.hit("pool-create.allocated")
             held = _device(store, record)
@@ -116,10 +120,13 @@ def undo_create(store: StoreFiles, record: JournalRecord) -> None:
         if store.thin().available() is None:
             with held.locked():
                 held.close(mark=False)
-        if plan["made"]:
-            path.unlink(missing_ok=True)
-        elif path.exists() and _carries(path, plan["uuid"]):
+        if path.exists() and plan["made"] and (
+                record.phase == "making" or _carries(path, plan["uuid"])):
+            path.unlink()
+            sync_directory(path.parent)
+        elif path.exists() and not plan["made"] and _carries(path, plan["uuid"]):
             erase(path)
+        held.forget()
     with store.catalog.transaction():
         store.catalog.end(record.id)
 
@@ -186,6 +193,8 @@ def redo_extend(store: StoreFiles, record: JournalRecord) -> None:
 
 def _extend(store: StoreFiles, record: PoolRecord, size: int | None) -> None:
     if size is not None:
+        if not Path(record.path).exists():
+            raise Refused(f"pool '{record.name}': {record.path} is not there; bring it back")
         allocate(Path(record.path), size)
     points.hit("pool-extend.allocated")
     held = _device(store, record)
@@ -217,9 +226,13 @@ def redo_remove(store: StoreFiles, record: JournalRecord) -> None:
         with held.locked():
             held.close(mark=False)
         if path.exists() and _carries(path, plan["uuid"]):
-            erase(path)
             if stat.S_ISREG(path.stat().st_mode):
+                # Not erased before: a power cut might bring it back without its label.
                 path.unlink()
+                sync_directory(path.parent)
+            else:
+                erase(path)
+        held.forget()
     points.hit("pool-remove.erased")
     with store.catalog.transaction():
         store.catalog.end(record.id)

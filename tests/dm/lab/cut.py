@@ -25,7 +25,8 @@ from unittest.mock import call, patch
 
 from blockcow import pool_label, pools
 from blockcow.devmapper import DIRECTORY, Target, open_driver
-from blockcow.dmthin import device, number_of
+from blockcow.dmthin import number_of
+from blockcow.thin_layers import device
 from blockcow.thin_pool import check_metadata
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
 from epochs.catalog import InstanceRecord
@@ -181,18 +182,18 @@ def look(ledger: Ledger, sweep: str, point: str) -> None:
             patch.object(pools, "check_metadata", wraps=check_metadata) as check:
         used = [store.files.thin().device_of(record.id) for record in store.files.catalog.pools()
                 if record.name in ("fast", "small")]
-        opened = point != "start.intended"  # before which the machine was off
-        state = pool_label.OPEN if opened else pool_label.CLOSED
-        for held in used:
-            assert (held.label().state, str(held.label().boot)) == (state, ledger.boot), held.name
+        found = {held.name.device: held.label() for held in used}
+        for label in found.values():
+            assert str(label.boot) == ledger.boot
+            assert label.state == pool_label.OPEN or sweep == "start"  # of a machine that was off
         kinds = [one.kind for one in store.settle()]
         assert kinds == ([] if point == "pool-create.recorded" else [UNDER_WAY[sweep]]), kinds
         assert store.settle() == []
         assert_tidy(store)
         check_pools(store)
-        for held in used:  # what was not closed was checked before it was opened
-            metadata = DIRECTORY / f"{held.name.device}-meta"
-            assert (call(metadata) in check.mock_calls) == opened, check.mock_calls
+        for name, label in found.items():  # what was not closed is checked before it is opened
+            checked = call(DIRECTORY / f"{name}-meta") in check.mock_calls
+            assert checked == (label.state == pool_label.OPEN), name
         CHECKS[sweep](store, ledger, point)
         assert [pool.record.name for pool in store.pools()] == ["fast", "small"]
         assert {epoch.id for epoch in store.epochs()} == set(ledger.epochs)

@@ -22,7 +22,7 @@ def test_story(store: Store, boot: Callable[..., Machine], tmp_path: Path) -> No
     negative_control(store, web)
 
 
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(2000)
 def test_random_operations(store: Store, boot: Callable[..., Machine], tmp_path: Path) -> None:
     model = Model(store, boot("dmsnap"), random.Random(20261128), boot_limit=180,
                   machines=2)

@@ -32,7 +32,7 @@ def test_story(pool: Store, boot: Callable[..., Machine], tmp_path: Path) -> Non
     negative_control(pool, web)
 
 
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(2000)
 def test_random_operations(pool: Store, boot: Callable[..., Machine], tmp_path: Path) -> None:
     model = Model(pool, boot("dmthin"), random.Random(20261125), boot_limit=180,
                   machines=2)

@@ -89,7 +89,7 @@ def test_a_snapshot_that_gets_full(given: dict[str, str], store: Store, tiny: Ar
     assert store.verify([web.create()]) == []
 
 
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(2000)
 def test_random_operations(web: Machine, store: Store, tmp_path: Path) -> None:
     model = Model(store, web, random.Random(20261127), forks=False, boot_limit=180,
                   epochs=8)

@@ -48,7 +48,7 @@ def test_story(web: Machine, store: Store, tmp_path: Path) -> None:
                 f"epochs=trial/{disk_name}#{epoch.id[:12]}" in tags[f"epochs-{layer}"])
 
 
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(2000)
 def test_random_operations(web: Machine, store: Store, tmp_path: Path) -> None:
     model = Model(store, web, random.Random(20261126), boot_limit=180,
                   machines=2)

@@ -133,8 +133,11 @@ def test_what_is_another_times_is_refused(disks: DmThinBackend, book: Book, tmp_
             disks.check(base, full=False)
     book.transactions, book.under_way = 0, True  # killed between the two
     disks.check(base, full=False)
-    book.transactions = disks.advance(book.name.id)
-    assert book.transactions == 2
+    for _ in range(2):  # the catalog's part fails twice: the pool is never more than one ahead
+        assert disks.advance(book.name.id) == 1
+        disks.check(base, full=False)
+    book.transactions = 1
+    assert disks.advance(book.name.id) == 2
 
 
 def test_the_wrong_device(disks: DmThinBackend, book: Book) -> None:

@@ -60,7 +60,7 @@ class LvmThinBackend(ThinLayers):
 
     def __init__(self, directory: Path, locks: Path, owner: str) -> None:
         super().__init__(directory)
-        self.lvm, self._locks, self._owner = Lvm(locks), locks, owner
+        self.lvm, self._owner = Lvm(locks), owner
         self._known: dict[str, Volume] = {}
 
     def available(self) -> str | None:

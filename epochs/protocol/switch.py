@@ -326,6 +326,8 @@ def _give_up(store: StoreFiles, targets: Iterable[Target], error: LayerDamaged) 
         launch.end_processes(store, target.instance)
         for layer_id in target.layers.values():
             chain = store.catalog.chain(layer_id)
+            if not store.backend(chain[0].backend).takes_over:
+                continue  # its own place is whole: only the other disk's was lost
             with store.catalog.transaction():
                 store.catalog.put_layer(replace(chain[0], backing=chain[-1].id))
         machine = store.catalog.machine_by_id(target.machine)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from epochs import Store
+from blockcow import LayerDamaged
+from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store, points
 from tests.dm.lab.disks import MIB, random_image
 from tests.dm.lab.volumes import GROUP, group, lvm, volume, volumes
 from tests.system.guest import assert_tidy, cli_json, run_cli
@@ -190,6 +191,78 @@ def test_a_volume_that_is_not_what_it_was(store: Store, refuse: Refuse, image: P
         store.machine("web").remove(force=True, with_epochs=True)
         assert {one["lv_name"] for one in volumes()} == {"thick"}
         lvm("lvchange", "--activate", "n", GROUP)
+
+
+# -- a snapshot that is lost while a machine goes back to it --------------------------------------
+@pytest.fixture
+def lossy(store: Store, image: Path, tmp_path: Path) -> Iterator[tuple[Machine, Epoch]]:
+    """A running machine on an ordinary volume and a file, its epoch and what came later."""
+    os.truncate(image, 64 * MIB)
+    random_image(tmp_path / "other.img", 4 * MIB)
+    with group(DEVICE):
+        web = store.add("web", MachineSpec(memory=32 * MIB, accel="tcg", net="none", disks=(
+            DiskSpec("a", volume("thick", image, thin=False), "raw", "lvm", snapshot=8 * MIB),
+            DiskSpec("b", str(tmp_path / "other.img"), "raw", "qcow2"))))
+        web.start()
+        yield web, web.create()
+        web.remove(force=True, with_epochs=True)
+        assert {one["lv_name"] for one in volumes()} == {"thick"}
+        lvm("lvchange", "--activate", "n", GROUP)
+
+
+def overflow_at(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At that point of a command so much is written to the volume that its snapshot gets full."""
+    hit = points.hit
+
+    def hook(name: str) -> None:
+        if name == point:
+            subprocess.run(["dd", "if=/dev/urandom", f"of=/dev/{GROUP}/thick", "bs=1M", "count=12",
+                            "seek=32", "oflag=direct", "conv=notrunc", "status=none"], check=True)
+        hit(name)
+
+    monkeypatch.setattr(points, "hit", hook)
+
+
+def test_lost_before_the_switch(lossy: tuple[Machine, Epoch], store: Store,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is switched, and the old guest goes on."""
+    web, first = lossy
+    old = web.status()["pid"]
+    overflow_at("rollback.prepared", monkeypatch)
+    with pytest.raises(LayerDamaged, match="is full and what it kept is lost"):
+        web.rollback(first, keep=False)
+    monkeypatch.undo()
+    status = web.status()
+    assert (status["state"], status["pid"]) == ("running", old)
+    assert_tidy(store)
+    second = web.create()
+    web.rollback(second, keep=False)
+    assert store.verify([second]) == []
+
+
+def test_lost_after_the_switch(lossy: tuple[Machine, Epoch], store: Store,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is off with its volume as it is, and that is said; its other disk, whose epoch
+    was not lost, is where it was to go."""
+    web, first = lossy
+    said: list[str] = []
+    monkeypatch.setattr(store.files, "notice", said.append)
+    overflow_at("rollback.old-gone", monkeypatch)
+    with pytest.raises(LayerDamaged, match="is full and what it kept is lost"):
+        web.rollback(first, keep=False)
+    monkeypatch.undo()
+    assert any("is off, and its disks may be a mixture" in line for line in said), said
+    assert web.status()["state"] == "off"
+    assert_tidy(store)
+    catalog = store.files.catalog
+    chains = {disk.name: [layer.id for layer in catalog.chain(disk.active or disk.base)]
+              for disk in catalog.disks(web.record.id)}
+    assert first.disks["a"] not in chains["a"]
+    assert first.disks["b"] in chains["b"]
+    web.start()
+    second = web.create()
+    web.rollback(second, keep=False)
+    assert store.verify([second]) == []
 
 
 def test_a_thin_snapshot_that_is_gone(store: Store, refuse: Refuse, image: Path) -> None:

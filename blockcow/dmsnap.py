@@ -21,15 +21,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from . import exceptions
 from .chains import merged_level
 from .contents import Progress, checksum, sealed, signature, sync_file
-from .damage import checked
-from .devmapper import DIRECTORY, Cookie, open_driver
+from .device_freeze import DeviceFreeze
+from .devmapper import DIRECTORY, open_driver
 from .difference import compare, union
 from .dmsnap_stack import CHUNK, Stack, cow_file
 from .exception_merge import write_union
@@ -45,15 +45,15 @@ from .interface import (
     Layer,
     LayerDamaged,
     LiveBlocks,
+    Parts,
     Plain,
-    PlainFreeze,
     Source,
     SourceRefused,
 )
-from .names import checked_id, in_directory
+from .layer_files import checked, in_place
+from .names import in_directory
 from .qcow2_graph import raw_options, raw_tree
 
-Parts = Sequence[tuple[Freeze, Chain]]
 MERGED = ".merge"
 _FLUSH_BUFFERS = 0x1261  # linux/fs.h: BLKFLSBUF
 
@@ -84,12 +84,7 @@ class DmSnapBackend(Plain):
         if source.format != "raw":
             raise SourceRefused(f"{source.path} is {source.format}, which device-mapper cannot "
                                 f"read: convert it ('qemu-img convert -O raw {source.path} NEW')")
-        before = signature(source.path)
-        digest = checksum(source.path, progress)
-        if signature(source.path) != before:
-            raise BlockError(f"{source.path} was written to while it was read: stop who uses it")
-        return Layer(checked_id(layer_id), self.name, "raw", str(source.path.absolute()),
-                     source.size, checksum=digest, signature=before)
+        return in_place(source, layer_id, self.name, progress)
 
     def clone(self, chain: Chain, layer_id: str, *, owner: str = "") -> Layer:
         below = chain[0]
@@ -153,7 +148,7 @@ class DmSnapBackend(Plain):
         return [raw_options(DIRECTORY / self.stack.head(chain[0].id), node, direct=True)]
 
     def prepare_freeze(self, live: LiveBlocks, parts: Parts) -> FreezeTicket:
-        return DmSnapFreeze.prepare(self, parts)
+        return DmSnapFreeze(self, parts)
 
     def recover_freeze(
         self, live: LiveBlocks | None, parts: Parts
@@ -162,8 +157,7 @@ class DmSnapBackend(Plain):
         head, what is in the new store tells."""
         outcome: dict[str, list[Layer]] = {}
         for part, _ in parts:
-            new = Layer(part.new_id, self.name, "snapshot", cow_file(part.new_id),
-                        part.active.size, backing=part.active.id)
+            new = _above(part)
             with self.stack.locked():
                 moved = self.stack.settle_head(part.active.id, part.new_id)
             if moved is None:
@@ -311,71 +305,52 @@ def set_aside(fd: int, path: Path, size: int) -> None:
                          f"{error.strerror}") from error
 
 
-class DmSnapFreeze(PlainFreeze):
-    """See :class:`blockcow.interface.FreezeTicket`. Made by :meth:`prepare`."""
+class DmSnapFreeze(DeviceFreeze):
+    """See :class:`blockcow.interface.FreezeTicket`."""
 
-    def __init__(self, disks: DmSnapBackend, parts: Parts, cookie: Cookie) -> None:
-        self._disks, self._parts, self._cookie = disks, parts, cookie
-        self._dm = open_driver()
-        self._frozen = False
+    def __init__(self, disks: DmSnapBackend, parts: Parts) -> None:
+        self._disks = disks
+        super().__init__(parts)
 
-    @classmethod
-    def prepare(cls, disks: DmSnapBackend, parts: Parts) -> DmSnapFreeze:
-        ticket = cls(disks, parts, open_driver().cookie())
-        try:
-            for part, chain in parts:
-                with exceptions.Reader(disks._file(part.active)) as store:
-                    store.header()  # StoreInvalid, before anything has moved
-                disks.make(part.new_id, part.active.size)
-                sync_file(disks.directory)
-                new = Layer(part.new_id, disks.name, "snapshot", cow_file(part.new_id),
-                            part.active.size, backing=part.active.id)
-                with disks.stack.locked():
-                    disks.stack.stack_on(new, chain)
-        except BaseException:
-            ticket.abort()
-            raise
-        return ticket
+    def _prepare(self) -> None:
+        disks = self._disks
+        for part, chain in self.parts:
+            with exceptions.Reader(disks._file(part.active)) as store:
+                store.header()  # StoreInvalid, before anything has moved
+            disks.make(part.new_id, part.active.size)
+            sync_file(disks.directory)
+            with disks.stack.locked():
+                disks.stack.stack_on(_above(part), chain)
 
-    def freeze(self) -> None:
-        """Suspend the heads and resume them with the tables that were loaded: ioctls."""
-        if self._frozen:
-            raise BlockError("this freeze was done already: prepare another one")
-        heads = [self._disks.stack.head(part.active.id) for part, _ in self._parts]
-        suspended: list[str] = []
-        try:
+    def _freeze(self) -> None:
+        """Suspend the heads and resume them with the tables that were loaded."""
+        heads = [self._disks.stack.head(part.active.id) for part, _ in self.parts]
+
+        def none_moves() -> None:
             for head in heads:
-                suspended.append(head)
-                self._dm.suspend(head)
-        except BaseException:
-            for head in heads:
-                self._dm.clear(head)  # none moves
-            raise
-        finally:
-            self._dm.resume_all(suspended, self._cookie)
-        self._frozen = True
+                self.dm.clear(head)
 
-    def seal(self, progress: Callable[[int], None] | None = None) -> list[Frozen]:
-        if not self._frozen:
-            raise BlockError("nothing is frozen yet: call freeze() before seal()")
-        self._cookie.wait()
-        outcome = []
-        for part, _ in self._parts:
-            with self._disks.stack.locked():
-                self._disks.stack.settle_head(part.active.id, part.new_id)
-            frozen = self._disks.seal_layer(part.active)
-            active = Layer(part.new_id, self._disks.name, "snapshot", cow_file(part.new_id),
-                           part.active.size, backing=part.active.id)
-            outcome.append(Frozen(part.disk, frozen, active,
-                                  (self._disks.directory / frozen.file).stat().st_size))
-        return outcome
+        with self.suspended(heads, failed=none_moves):
+            pass  # resuming is what moves them
 
-    def abort(self) -> None:
+    def _seal(self, part: Freeze, chain: Chain, progress: Progress | None) -> Frozen:
+        with self._disks.stack.locked():
+            self._disks.stack.settle_head(part.active.id, part.new_id)
+        frozen = self._disks.seal_layer(part.active)
+        return Frozen(part.disk, frozen, _above(part),
+                      (self._disks.directory / frozen.file).stat().st_size)
+
+    def _undo(self) -> None:
         """Only before ``freeze`` succeeded; afterwards recover_freeze says what is where."""
-        self._cookie.wait()
-        if self._frozen:
+        if self.frozen:
             return
-        for part, _ in self._parts:
+        for part, _ in self.parts:
             with self._disks.stack.locked():
                 self._disks.stack.settle_head(part.active.id, part.new_id)
             self._disks.discard(part.new_id)
+
+
+def _above(part: Freeze) -> Layer:
+    """The layer that becomes active with a freeze."""
+    return Layer(part.new_id, DmSnapBackend.name, "snapshot", cow_file(part.new_id),
+                 part.active.size, backing=part.active.id)

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from .contents import Progress
-from .devmapper import DIRECTORY, SECTOR, Cookie, DmMissing, open_driver
+from .device_freeze import DeviceFreeze
+from .devmapper import DIRECTORY, SECTOR, DmMissing
 from .importing import copy_into
 from .interface import (
     BlockError,
@@ -31,7 +32,7 @@ from .interface import (
     Frozen,
     Layer,
     LiveBlocks,
-    PlainFreeze,
+    Parts,
     Room,
     Source,
 )
@@ -39,8 +40,6 @@ from .pools import HeadRoom, PoolDevice, PoolName, head_room
 from .reference import refer, reference_file
 from .thin_layers import ThinLayers, device, missing
 from .thin_pool import MAX_NUMBER, PoolFailed, ThinPool
-
-Parts = Sequence[tuple[Freeze, Chain]]
 
 
 class Pools(Protocol):
@@ -202,7 +201,7 @@ class DmThinBackend(ThinLayers):
             self.dm.remove(device(layer.id))
 
     def prepare_freeze(self, live: LiveBlocks, parts: Parts) -> FreezeTicket:
-        return DmThinFreeze.prepare(self, parts)
+        return DmThinFreeze(self, parts)
 
     def recover_freeze(
         self, live: LiveBlocks | None, parts: Parts
@@ -245,57 +244,37 @@ class DmThinBackend(ThinLayers):
                     left.metadata_total)
 
 
-class DmThinFreeze(PlainFreeze):
-    """See :class:`blockcow.interface.FreezeTicket`. Made by :meth:`prepare`."""
+class DmThinFreeze(DeviceFreeze):
+    """See :class:`blockcow.interface.FreezeTicket`."""
 
-    def __init__(self, disks: DmThinBackend, parts: Parts, pools: Mapping[str, ThinPool],
-                 cookie: Cookie) -> None:
-        self._disks, self._parts, self._pools, self._cookie = disks, parts, pools, cookie
-        self.dm = open_driver()
-        self._frozen = False
+    def __init__(self, disks: DmThinBackend, parts: Parts) -> None:
+        self._disks = disks
+        self._pools: dict[str, ThinPool] = {}
+        super().__init__(parts)
 
-    @classmethod
-    def prepare(cls, disks: DmThinBackend, parts: Parts) -> DmThinFreeze:
-        pools: dict[str, ThinPool] = {}
-        for part, _ in parts:
+    def _prepare(self) -> None:
+        for part, _ in self.parts:
             pool_id = pool_of(part.active.id)
             if pool_of(part.new_id) != pool_id:
                 raise BlockError(f"disk {part.disk!r}: its layers are in different pools")
-            if pool_id not in pools:
-                with disks.writable(pool_id) as pool:
-                    pools[pool_id] = pool
-            if open_driver().info(device(part.active.id)) is None:
+            if pool_id not in self._pools:
+                with self._disks.writable(pool_id) as pool:
+                    self._pools[pool_id] = pool
+            if self.dm.info(device(part.active.id)) is None:
                 raise BlockError(f"disk {part.disk!r}: device {device(part.active.id)} is not live")
-        return cls(disks, parts, pools, open_driver().cookie())
 
-    def freeze(self) -> None:
-        """Per disk a suspend, a message and a resume: ioctls, no process, no waiting for udev."""
-        if self._frozen:
-            raise BlockError("this freeze was done already: prepare another one")
-        suspended: list[str] = []
-        try:
-            for part, _ in self._parts:
-                suspended.append(device(part.active.id))
-                self.dm.suspend(suspended[-1])
-            for part, _ in self._parts:
+    def _freeze(self) -> None:
+        """Per disk a suspend, a message and a resume: no waiting for udev."""
+        with self.suspended(device(part.active.id) for part, _ in self.parts):
+            for part, _ in self.parts:
                 self._pools[pool_of(part.active.id)].snapshot(
                     number_of(part.new_id), number_of(part.active.id))
-        finally:
-            self.dm.resume_all(suspended, self._cookie)
-        self._frozen = True
 
-    def seal(self, progress: Callable[[int], None] | None = None) -> list[Frozen]:
-        if not self._frozen:
-            raise BlockError("nothing is frozen yet: call freeze() before seal()")
-        self._cookie.wait()
-        outcome = []
-        for part, _ in self._parts:
-            frozen, written = self._disks.seal(_thin_layer(part.new_id, part.active.size),
-                                               part.active.id, progress)
-            outcome.append(Frozen(part.disk, frozen, part.active, written))
-        return outcome
+    def _seal(self, part: Freeze, chain: Chain, progress: Progress | None) -> Frozen:
+        frozen, written = self._disks.seal(_thin_layer(part.new_id, part.active.size),
+                                           part.active.id, progress)
+        return Frozen(part.disk, frozen, part.active, written)
 
-    def abort(self) -> None:
-        self._cookie.wait()
-        for part, _ in self._parts:
+    def _undo(self) -> None:
+        for part, _ in self.parts:
             self._disks.discard(part.new_id)

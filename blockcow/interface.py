@@ -176,6 +176,9 @@ class FreezeTicket(Protocol):
 Chain = Sequence[Layer]
 """A layer and everything beneath it, top first. The last one has no backing."""
 
+Parts = Sequence[tuple[Freeze, Chain]]
+"""A machine's disks of one backend: what is to be frozen, and the chain it is the top of."""
+
 
 class Backend(Protocol):
     """One way to keep layers. Constructed with the directory that holds the layer files.
@@ -232,12 +235,12 @@ class Backend(Protocol):
         """``-blockdev`` arguments, in order, to open the active layer ``chain[0]`` as ``node``."""
 
     def prepare_freeze(
-        self, live: LiveBlocks, parts: Sequence[tuple[Freeze, Chain]]
+        self, live: LiveBlocks, parts: Parts
     ) -> FreezeTicket:
         """Everything of a freeze that can be done while the guest runs."""
 
     def recover_freeze(
-        self, live: LiveBlocks | None, parts: Sequence[tuple[Freeze, Chain]]
+        self, live: LiveBlocks | None, parts: Parts
     ) -> Mapping[str, list[Layer]]:
         """After a killed freeze, with nothing committed: per disk name the layers that now hold
         the machine's present state above ``active.backing`` (top, i.e. active, first), and

@@ -41,6 +41,7 @@ from .interface import (
     Layer,
     LayerDamaged,
     LiveBlocks,
+    Parts,
     Plain,
     Room,
     Source,
@@ -60,7 +61,6 @@ from .qcow2_graph import raw_options, raw_tree
 from .reference import refer, reference_file, referred
 from .thin_layers import device, device_uuid
 
-Parts = Sequence[tuple[Freeze, Chain]]
 _PIECE = 1 << 20
 
 
@@ -246,7 +246,7 @@ class LvmThickBackend(Plain):
         return [raw_options(Path(chain[0].file), node, direct=True)]
 
     def prepare_freeze(self, live: LiveBlocks, parts: Parts) -> FreezeTicket:
-        return LvmThickFreeze.prepare(self, parts)
+        return LvmThickFreeze(self, parts)
 
     def recover_freeze(
         self, live: LiveBlocks | None, parts: Parts

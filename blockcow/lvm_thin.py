@@ -14,12 +14,13 @@ to, and LVM activates none of them by itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .contents import Progress
-from .devmapper import SECTOR, Cookie, DmMissing, open_driver
+from .device_freeze import DeviceFreeze
+from .devmapper import SECTOR, DmMissing
 from .interface import (
     BlockError,
     BlockRefused,
@@ -29,6 +30,7 @@ from .interface import (
     Frozen,
     Layer,
     LiveBlocks,
+    Parts,
     Room,
     Source,
 )
@@ -48,8 +50,6 @@ from .pools import head_room
 from .reference import refer, reference_file, referred
 from .thin_layers import ThinLayers, device, missing
 from .thin_pool import PoolFailed, ThinPool
-
-Parts = Sequence[tuple[Freeze, Chain]]
 
 
 class LvmThinBackend(ThinLayers):
@@ -164,7 +164,7 @@ class LvmThinBackend(ThinLayers):
             self.dm.resume(name)
 
     def prepare_freeze(self, live: LiveBlocks, parts: Parts) -> FreezeTicket:
-        return LvmThinFreeze.prepare(self, parts)
+        return LvmThinFreeze(self, parts)
 
     def recover_freeze(
         self, live: LiveBlocks | None, parts: Parts
@@ -211,38 +211,26 @@ class LvmThinBackend(ThinLayers):
                     left.metadata_total)
 
 
-class LvmThinFreeze:
-    """See :class:`blockcow.interface.FreezeTicket`. Made by :meth:`prepare`."""
+class LvmThinFreeze(DeviceFreeze):
+    """See :class:`blockcow.interface.FreezeTicket`."""
 
-    def __init__(self, disks: LvmThinBackend, parts: Parts, cookie: Cookie) -> None:
-        self._disks, self._parts, self._cookie = disks, parts, cookie
-        self._dm = open_driver()
-        self._frozen = False
-        self._held = contextlib.ExitStack()
+    def __init__(self, disks: LvmThinBackend, parts: Parts) -> None:
+        self._disks = disks
         self._steps: list[tuple[str, ThinPool, int, int]] = []
         """Per disk: the active volume's device, the pool, the new number, the active one."""
         self._transactions: dict[str, int] = {}
         """Of each pool, by the name of its device, before the volumes were looked up."""
-
-    @classmethod
-    def prepare(cls, disks: LvmThinBackend, parts: Parts) -> LvmThinFreeze:
-        ticket = cls(disks, parts, open_driver().cookie())
-        try:
-            ticket._prepare()
-        except BaseException:
-            ticket.abort()
-            raise
-        return ticket
+        super().__init__(parts)
 
     def _prepare(self) -> None:
-        disks, parts = self._disks, self._parts
+        disks, parts = self._disks, self.parts
         hints = [hint for part, _ in parts
                  if (hint := referred(disks.directory, part.active.id)) is not None]
         disks.know([*(part.active for part, _ in parts),
                     *(replace(parts[0][0].active, id=hint.id) for hint in hints)])
         for part, _ in parts:
             active = disks.volume(part.active)
-            if self._dm.info(active.dm) is None:
+            if self.dm.info(active.dm) is None:
                 raise BlockError(f"disk {part.disk!r}: volume {active.full_name} is not active")
             disks.make(part.new_id, self._origin(part).full_name, part.owner, writable=False)
         for part, _ in parts:
@@ -257,8 +245,8 @@ class LvmThinFreeze:
 
     def arm(self) -> None:
         """Take LVM's lock, and the new devices out of the way that LVM has made."""
-        self._held.enter_context(self._disks.lvm.group_locked(
-            self._disks.volume(part.active).vg for part, _ in self._parts))
+        self.held.enter_context(self._disks.lvm.group_locked(
+            self._disks.volume(part.active).vg for part, _ in self.parts))
         for _, pool, _, _ in self._steps:
             status = pool.status()
             if status.mode != "rw":
@@ -271,9 +259,6 @@ class LvmThinFreeze:
             with contextlib.suppress(DmMissing):
                 pool.delete(number)
 
-    def disarm(self) -> None:
-        self._held.close()
-
     def _origin(self, part: Freeze) -> Volume:
         """What LVM is told that the new volume is a snapshot of: the frozen layer before it, which
         is not in use, so that LVM has nothing to suspend; else the active one."""
@@ -282,32 +267,16 @@ class LvmThinFreeze:
         active = self._disks.volume(part.active)
         return found if found and (found.vg, found.pool) == (active.vg, active.pool) else active
 
-    def freeze(self) -> None:
-        """Per disk a suspend, a message and a resume: ioctls, nothing of LVM."""
-        if self._frozen:
-            raise BlockError("this freeze was done already: prepare another one")
-        suspended: list[str] = []
-        try:
-            for active, _, _, _ in self._steps:
-                suspended.append(active)
-                self._dm.suspend(active)
+    def _freeze(self) -> None:
+        """Per disk a suspend, a message and a resume: nothing of LVM."""
+        with self.suspended(active for active, _, _, _ in self._steps):
             for _, pool, number, origin in self._steps:
                 pool.snapshot(number, origin)
-        finally:
-            self._dm.resume_all(suspended, self._cookie)
-        self._frozen = True
 
-    def seal(self, progress: Callable[[int], None] | None = None) -> list[Frozen]:
-        if not self._frozen:
-            raise BlockError("nothing is frozen yet: call freeze() before seal()")
-        self._cookie.wait()
-        outcome = []
-        for part, _ in self._parts:
-            fresh = self._disks.layer_of(part.new_id, self._disks.volume(part.active))
-            frozen, written = self._disks.seal(fresh, part.active.id, progress)
-            outcome.append(Frozen(part.disk, frozen, part.active, written))
-        return outcome
+    def _seal(self, part: Freeze, chain: Chain, progress: Progress | None) -> Frozen:
+        fresh = self._disks.layer_of(part.new_id, self._disks.volume(part.active))
+        frozen, written = self._disks.seal(fresh, part.active.id, progress)
+        return Frozen(part.disk, frozen, part.active, written)
 
-    def abort(self) -> None:
-        self._cookie.wait()
-        self._disks.recover_freeze(None, self._parts)
+    def _undo(self) -> None:
+        self._disks.recover_freeze(None, self.parts)

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from . import qcow2_merge
-from .contents import Progress, checksum, sealed, signature, sync_file
-from .damage import checked
+from .contents import Progress, sealed, sync_file
 from .difference import differing
 from .interface import (
     BlockError,
     Chain,
     Difference,
-    Freeze,
     FreezeTicket,
     JsonDict,
     Layer,
     LayerDamaged,
     LiveBlocks,
+    Parts,
     Plain,
     Source,
 )
-from .names import checked_id, in_directory
+from .layer_files import checked, in_place
+from .names import in_directory
 from .qcow2_freeze import Qcow2Freeze, files, overlay_layer, recover, remove
 from .qcow2_graph import (
     active_options,
@@ -63,19 +63,7 @@ class Qcow2Backend(Plain):
               owner: str = "") -> Layer:
         """Reads all of the disk's data once, for the checksum. ``progress`` gets the bytes read
         since its last call. Raises BlockError if the disk changed meanwhile."""
-        before = signature(source.path)
-        digest = checksum(source.path, progress)
-        if signature(source.path) != before:
-            raise BlockError(f"{source.path} was written to while it was read: stop who uses it")
-        return Layer(
-            id=checked_id(layer_id),
-            backend=self.name,
-            format=source.format,
-            file=str(source.path.absolute()),
-            size=source.size,
-            checksum=digest,
-            signature=before,
-        )
+        return in_place(source, layer_id, self.name, progress)
 
     def clone(self, chain: Chain, layer_id: str, *, owner: str = "") -> Layer:
         below = chain[0]
@@ -102,12 +90,12 @@ class Qcow2Backend(Plain):
                 raise LayerDamaged(f"layer {layer.id} ({path}) is missing", layer.id, path)
 
     def prepare_freeze(
-        self, live: LiveBlocks, parts: Sequence[tuple[Freeze, Chain]]
+        self, live: LiveBlocks, parts: Parts
     ) -> FreezeTicket:
         return Qcow2Freeze.prepare(self.directory, live, parts)
 
     def recover_freeze(
-        self, live: LiveBlocks | None, parts: Sequence[tuple[Freeze, Chain]]
+        self, live: LiveBlocks | None, parts: Parts
     ) -> Mapping[str, list[Layer]]:
         return recover(self.directory, live, parts)
 

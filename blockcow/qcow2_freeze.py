@@ -14,17 +14,25 @@ seal      runs     fsync and checksum of what is frozen now
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from .contents import sealed, sync_data, sync_file
-from .interface import BlockError, Chain, Freeze, Frozen, JsonDict, Layer, LiveBlocks, PlainFreeze
+from .interface import (
+    BlockError,
+    Chain,
+    Freeze,
+    Frozen,
+    JsonDict,
+    Layer,
+    LiveBlocks,
+    Parts,
+    PlainFreeze,
+)
 from .names import checked_id, in_directory
 from .qcow2_graph import active_options, backing_nodes, open_nodes
 from .qcow2_header import create_overlay, read_overlay
-
-Parts = Sequence[tuple[Freeze, Chain]]
 
 
 def overlay_file(layer_id: str) -> str:

@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,24 +30,24 @@ from .contents import (
     sync_data,
     sync_file,
 )
-from .damage import checked
 from .difference import compare, union
 from .fiemap import extents, unshared
 from .interface import (
     BlockError,
     Chain,
     Difference,
-    Freeze,
     FreezeTicket,
     Frozen,
     JsonDict,
     Layer,
     LayerDamaged,
     LiveBlocks,
+    Parts,
     Plain,
     PlainFreeze,
     Source,
 )
+from .layer_files import checked
 from .names import checked_id, in_directory
 from .qcow2_graph import raw_options, raw_tree
 from .reference import refer, reference_file, referred
@@ -57,8 +57,6 @@ FICLONE = 0x40049409
 """linux/fs.h: _IOW(0x94, 9, int); see ioctl_ficlone(2)."""
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
-
-Parts = Sequence[tuple[Freeze, Chain]]
 
 
 def raw_file(layer_id: str) -> str:
@@ -227,12 +225,12 @@ class ReflinkBackend(Plain):
         return [raw_options(path, node)]
 
     def prepare_freeze(
-        self, live: LiveBlocks, parts: Sequence[tuple[Freeze, Chain]]
+        self, live: LiveBlocks, parts: Parts
     ) -> FreezeTicket:
         return ReflinkFreeze.prepare(self.directory, parts)
 
     def recover_freeze(
-        self, live: LiveBlocks | None, parts: Sequence[tuple[Freeze, Chain]]
+        self, live: LiveBlocks | None, parts: Parts
     ) -> Mapping[str, list[Layer]]:
         """The active layer is always what it was; the copies go."""
         for part, _ in parts:

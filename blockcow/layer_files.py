@@ -1,12 +1,26 @@
-"""Is a frozen layer still what was frozen? Shared by the backends that keep files."""
+"""Layers that are files: a user's disk that stays where it is, and whether a frozen layer is still
+what was frozen. Shared by the backends that keep files."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from .contents import checksum, signature
-from .interface import BlockError, Layer, LayerDamaged
+from .contents import Progress, checksum, signature
+from .interface import BlockError, Layer, LayerDamaged, Source
+from .names import checked_id
+
+
+def in_place(source: Source, layer_id: str, backend: str, progress: Progress | None) -> Layer:
+    """The frozen base layer that a user's disk is, without a copy. Reads all its data once, for
+    the checksum; ``progress`` gets the bytes read since its last call. BlockError if the disk
+    changed meanwhile."""
+    before = signature(source.path)
+    digest = checksum(source.path, progress)
+    if signature(source.path) != before:
+        raise BlockError(f"{source.path} was written to while it was read: stop who uses it")
+    return Layer(checked_id(layer_id), backend, source.format, str(source.path.absolute()),
+                 source.size, checksum=digest, signature=before)
 
 
 def checked(path: Path, layer: Layer, full: bool) -> Layer:

@@ -17,45 +17,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import laboratory
+
 SCRIPTS = Path(__file__).resolve().parent
 KERNEL = "linux.uml"
-STALLED, TIMED_OUT = 125, 124  # exit statuses of our own, as of timeout(1) and env(1)
-PASSED_ON = ("CI", "PYTEST_", "EPOCHS_", "HYPOTHESIS_", "PYTHON", "LANG", "LC_", "TERM")
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def size(text: str) -> int | None:
-    """Bytes of a size like 512M; None if the text is not one."""
-    unit = UNITS.get(text[-1:].upper())
-    return int(text[:-1]) * unit if unit and text[:-1].isdigit() else None
-
-
-def image(text: str, place: Path, number: int) -> Path:
-    """A disk image: the file of that name, or a new sparse one of that size in ``place``."""
-    wanted = size(text)
-    if wanted is None:
-        return Path(text).resolve(strict=True)
-    path = place / f"disk{number}"
-    with path.open("wb") as file:
-        file.truncate(wanted)
-    return path
+PROGRAM, MACHINE = "scripts/uml", "User-Mode Linux"
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/uml", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", default="1500M", help="of the machine (default: 1500M)")
+    parser = laboratory.parser(PROGRAM, __doc__, memory="1500M", disk="/dev/ubdb, /dev/ubdc")
     parser.add_argument("--scratch", default="4G", metavar="SIZE|FILE",
                         help="disk at /mnt; a new one gets an ext4 file system (default: 4G)")
-    parser.add_argument("--disk", action="append", default=[], metavar="SIZE|FILE",
-                        help="a further disk: /dev/ubdb, /dev/ubdc ...")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS",
-                        help="end it after so long, with status 124 (default: 600)")
     parser.add_argument("--directory", type=Path, default=Path.cwd(),
                         help="where the command runs (default: here)")
-    parser.add_argument("--kernel-log", type=Path, metavar="FILE",
-                        help="keep the kernel's messages there")
-    parser.add_argument("command", nargs="+", metavar="COMMAND")
     return parser.parse_args(arguments)
 
 
@@ -63,21 +37,18 @@ def prepared(options: argparse.Namespace, place: Path) -> list[str]:
     """Fill the exchange folder and make the disks; returns the kernel's command line."""
     exchange = place / "exchange"
     exchange.mkdir()
-    environment = [f"{key}={value}" for key, value in os.environ.items()
-                   if key.startswith(PASSED_ON)]
-    for name, words in (("command", options.command), ("environment", environment)):
-        (exchange / name).write_bytes(b"".join(os.fsencode(word) + b"\0" for word in words))
+    laboratory.put_command(exchange, options.command)
     (exchange / "directory").write_text(str(options.directory.resolve()))
     needed = [str(options.directory.resolve()), sys.prefix, *(
         value for key, value in os.environ.items() if key.startswith("EPOCHS_"))]
     if any(text.startswith(("/tmp/", "/var/tmp/")) for text in needed):
         # What the command needs would be hidden by a /tmp of its own.
         (exchange / "keep-tmp").touch()
-    scratch = image(options.scratch, place, 0)
-    if size(options.scratch) is not None:
+    scratch = laboratory.image(options.scratch, place, 0)
+    if laboratory.size(options.scratch) is not None:
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0", str(scratch)],
                        check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"})
-    disks = [scratch, *(image(text, place, number)
+    disks = [scratch, *(laboratory.image(text, place, number)
                         for number, text in enumerate(options.disk, start=1))]
     return [KERNEL, "rootfstype=hostfs", "rootflags=/", "ro", f"init={SCRIPTS}/lib/uml-init",
             f"exchange={exchange}", f"mem={options.memory}", f"uml_dir={place}/", "umid=uml",
@@ -104,33 +75,20 @@ def run(options: argparse.Namespace, place: Path, memory: Path) -> int:
         try:
             child.wait(options.timeout)
         except subprocess.TimeoutExpired:
-            return failed(f"did not end within {options.timeout:.0f} s", TIMED_OUT, log)
+            return laboratory.failed(
+                PROGRAM, f"{MACHINE} did not end within {options.timeout:.0f} s",
+                laboratory.TIMED_OUT, log)
         finally:
             child.kill()
             child.wait()
-    try:
-        status = (place / "exchange" / "status").read_text().strip()
-    except FileNotFoundError:
-        return failed("ended by itself", STALLED, log)
-    if not status.isdigit():
-        return failed(f"could not be set up ({status})", STALLED, log)
-    if "Kernel panic" in (said := log.read_text(errors="replace")) or "BUG:" in said:
-        return failed("had a fault in its kernel", STALLED, log)
-    return int(status)
-
-
-def failed(why: str, status: int, log: Path) -> int:
-    print(f"scripts/uml: User-Mode Linux {why}; its kernel said:", file=sys.stderr)
-    for line in log.read_text(errors="replace").splitlines()[-60:]:
-        print(f"    {line}", file=sys.stderr)
-    return status
+    return laboratory.outcome(PROGRAM, MACHINE, place / "exchange", log)
 
 
 def main() -> int:
     options = parsed(sys.argv[1:])
     if shutil.which(KERNEL) is None:
-        print(f"scripts/uml: {KERNEL} is not installed (Debian: user-mode-linux)", file=sys.stderr)
-        return STALLED
+        print(f"{PROGRAM}: {KERNEL} is not installed (Debian: user-mode-linux)", file=sys.stderr)
+        return laboratory.STALLED
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with (tempfile.TemporaryDirectory(prefix="epochs-uml-") as place,
           # The machine's memory is a file without a name, which must not be written back to a disk.

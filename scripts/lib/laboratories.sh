@@ -4,3 +4,7 @@
 need_uml() {
     need user-mode-linux kmod lvm2 dmsetup thin-provisioning-tools e2fsprogs util-linux fdisk iproute2
 }
+
+need_xen() {
+    need qemu-system-x86 util-linux
+}

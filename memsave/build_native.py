@@ -5,7 +5,8 @@ from pathlib import Path
 from cffi import FFI
 
 CORE = Path("memsave/csrc")  # setuptools wants paths relative to setup.py
-SOURCES = ["kernels", "kernels_scalar", "kernels_avx2", "runs", "packs", "classify", "guest"]
+SOURCES = ["kernels", "kernels_scalar", "kernels_avx2", "runs", "packs", "classify", "guest",
+           "xen_read", "xen_canonical", "xen_write"]
 
 
 def _declarations() -> str:

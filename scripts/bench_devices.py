@@ -154,6 +154,7 @@ def many(place: Path, count: int) -> list[str]:
             if last > first * GROWTH:
                 missed.append(what)
         store.delete(rng.sample([epoch.id for epoch in store.epochs()], count // 2))
+        bare.stop(kill=True)
         missed += accounts(store)
     return missed
 

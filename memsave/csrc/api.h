@@ -27,7 +27,8 @@ enum ms_code {
     MS_RUN_OUTSIDE,   /* run a ends behind the last page or slot */
     MS_RUN_PACK,      /* run a names pack b, which the table does not have */
     MS_RUN_SPLIT,     /* runs a-1 and a could be one */
-    MS_SPAN_COUNT     /* the spans hold a slots, not b */
+    MS_SPAN_COUNT,    /* the spans hold a slots, not b */
+    MS_XEN_STREAM     /* a domain's stream is not what it must be: ms_xen.why says it */
 };
 
 typedef struct {
@@ -114,6 +115,39 @@ enum ms_wanted {
     MS_POPULATED  /* pages that are there at all */
 };
 
+/* What a page of a domain is, as ms_xen.types has it: 0 if the domain has no such page, else one
+ * more than the type in the stream (XEN_DOMCTL_PFINFO_*, without its shift). */
+enum ms_xen_page {
+    MS_XEN_ABSENT = 0,
+    MS_XEN_NORMAL = 1,
+    MS_XEN_TABLE = 2,     /* level 1 to 4 of a page table: up to 5 */
+    MS_XEN_PIN = 8,       /* added to a level: pinned */
+    MS_XEN_ALLOCATED = 15 /* there, and without content */
+};
+enum ms_xen_guest { MS_XEN_PV = 1, MS_XEN_HVM = 2 };
+enum ms_xen_role { MS_XEN_STORE, MS_XEN_CONSOLE, MS_XEN_ROLES };
+
+/* A record of a libxc stream that is not memory, as it came. */
+typedef struct {
+    uint32_t type, length;
+    uint8_t *data;
+} ms_xen_record;
+
+/* A domain out of a stream, or to be written to one. Page p is at byte p * MS_PAGE of the file
+ * `content` where bit p of `held` is set, and all zero where it is not. */
+typedef struct {
+    int content; /* borrowed */
+    uint32_t guest, xen_major, xen_minor;
+    uint64_t pages, max_pages;
+    uint8_t *types;
+    uint8_t *held;
+    ms_xen_record *records;
+    size_t n, cap, bytes;   /* records; the bytes of all of them */
+    uint8_t *frames[MS_XEN_ROLES]; /* the rings shared with xenstored and xenconsoled, or NULL */
+    uint64_t frame_pages[MS_XEN_ROLES];
+    char why[160];
+} ms_xen;
+
 enum ms_kind { MS_SAME_AS_BASE, MS_SAME_AS_PARENT, MS_NOW_ZERO, MS_NEW };
 
 /* -- kernels.c: one page; ms_scalar_* are the references of the faster ones ------------------ */
@@ -190,6 +224,19 @@ int ms_read_ranges(const ms_guest *guest, const ms_ranges *ranges, uint8_t *to, 
                    ms_error *error);
 int ms_patch(const ms_guest *guest, const ms_pack *packs, const ms_segment *segments, size_t n,
              uint64_t *written, ms_error *error);
+
+/* -- xen_read.c, xen_canonical.c, xen_write.c ------------------------------------------------ */
+ms_xen *ms_xen_new(int content, uint64_t max_pages);
+void ms_xen_free(ms_xen *xen);
+int ms_xen_add_record(ms_xen *xen, uint32_t type, const uint8_t *data, uint32_t length,
+                      ms_error *error);
+int ms_xen_read(ms_xen *xen, int fd, ms_error *error);
+int ms_xen_canonical(ms_xen *xen, ms_error *error);
+int ms_xen_set_frame(ms_xen *xen, int role, uint64_t page, const uint8_t *data, ms_error *error);
+int ms_xen_copies(const ms_xen *xen, const uint8_t *mapped, ms_copies *out, ms_error *error);
+int ms_xen_hold(ms_xen *xen, const ms_runs *runs, ms_error *error);
+int ms_xen_write(ms_xen *xen, int fd, ms_error *error);
+
 int ms_pidfd_getfd(int pidfd, int fd);
 int ms_prefault(uint8_t *buffer, size_t length);
 #endif

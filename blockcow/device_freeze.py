@@ -24,8 +24,11 @@ class DeviceFreeze(PlainFreeze, ABC):
         """What ``arm`` holds: nothing, unless the subclass enters something."""
         try:
             self._prepare()
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            try:
+                self.abort()
+            except BlockError as second:  # recover_freeze does the same by name
+                error.add_note(f"undoing it did not work yet: {second}")
             raise
 
     @abstractmethod

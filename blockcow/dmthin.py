@@ -250,6 +250,7 @@ class DmThinFreeze(DeviceFreeze):
     def __init__(self, disks: DmThinBackend, parts: Parts) -> None:
         self._disks = disks
         self._pools: dict[str, ThinPool] = {}
+        self._begun = False
         super().__init__(parts)
 
     def _prepare(self) -> None:
@@ -265,6 +266,7 @@ class DmThinFreeze(DeviceFreeze):
 
     def _freeze(self) -> None:
         """Per disk a suspend, a message and a resume: no waiting for udev."""
+        self._begun = True
         with self.suspended(device(part.active.id) for part, _ in self.parts):
             for part, _ in self.parts:
                 self._pools[pool_of(part.active.id)].snapshot(
@@ -276,5 +278,6 @@ class DmThinFreeze(DeviceFreeze):
         return Frozen(part.disk, frozen, part.active, written)
 
     def _undo(self) -> None:
-        for part, _ in self.parts:
+        """Before the pause nothing is made; and a pool that is full takes no messages."""
+        for part, _ in self.parts if self._begun else ():
             self._disks.discard(part.new_id)

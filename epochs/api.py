@@ -436,6 +436,26 @@ class Store:
         self.settle()
         return mounting.umount(self.files, Path(directory))
 
+    # -- Xen ---------------------------------------------------------------------------------------
+    def import_xen(self, file: Path | str, *, name: str | None = None, message: str = "",
+                   disks: Mapping[str, tuple[Epoch | str, str]] | None = None,
+                   progress: creation.Progress = creation.no_progress) -> Epoch:
+        """An epoch out of a file of `xl save`; see :func:`epochs.xen.images.import_file`."""
+        from epochs.xen import images
+
+        self.settle()
+        where = {disk: (self.epoch(epoch).id, layer)
+                 for disk, (epoch, layer) in (disks or {}).items()}
+        return Epoch(self, images.import_file(self.files, Path(file), name=name, message=message,
+                                              disks=where, progress=progress))
+
+    def export_xen(self, epoch: Epoch | str, file: Path | str, *, force: bool = False) -> int:
+        """Write an epoch of a domain for `xl restore`; returns the file's size in bytes."""
+        from epochs.xen import images
+
+        self.settle()
+        return images.export_file(self.files, self.epoch(epoch).record, Path(file), force=force)
+
     def digest(self, epoch: Epoch | str) -> str:
         """The canonical digest of an epoch's guest memory: equal memory, equal digest."""
         found = self.epoch(epoch)

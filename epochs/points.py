@@ -59,6 +59,7 @@ POINTS: dict[str, tuple[str, ...]] = {
                     "pool-create.opened", "pool-create.recorded"),
     "pool-extend": ("pool-extend.intended", "pool-extend.allocated", "pool-extend.done"),
     "pool-remove": ("pool-remove.forgotten", "pool-remove.erased"),
+    "import-xen": ("import-xen.intended", "import-xen.memory-written"),
     "mount": ("mount.intended", "mount.served", "mount.mounted", "umount.unmounted"),
     "consolidate": (
         "consolidate.intended",

@@ -29,6 +29,7 @@ DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,15}")  # virtio-blk's serial
 MAX_CPUS = 255
 NETS = ("user", "none")
 ACCELERATORS = ("auto", "kvm", "tcg")
+QEMU, XEN = "qemu", "xen"  # hypervisors
 _UNITS = {"": 2**20, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 # These give guest RAM back with fallocate(FALLOC_FL_PUNCH_HOLE) on the file behind it, private
@@ -69,6 +70,7 @@ class MachineSpec:
     accel: str = "auto"
     qemu: str | None = None
     extra: tuple[str, ...] = field(default=())
+    hypervisor: str = QEMU
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -157,6 +159,8 @@ def check_name(name: str) -> None:
 
 def check(spec: MachineSpec) -> None:
     """Refuse a specification that cannot work, before anything is recorded."""
+    if spec.hypervisor != QEMU:
+        raise Refused(f"hypervisor '{spec.hypervisor}' cannot be chosen here")
     if spec.memory < 2**20 or spec.memory % 4096:
         raise Refused(f"memory of {spec.memory} bytes is not possible; "
                       "give at least 1M, in whole pages of 4 KiB")

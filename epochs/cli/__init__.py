@@ -32,6 +32,8 @@ COMMANDS = {
     "diff": ("history", "Show what differs between two epochs."),
     "mount": ("mounts", "Look at the files of an epoch's disk, read-only."),
     "umount": ("mounts", "Take a mounted epoch down."),
+    "import-xen": ("xen", "Make an epoch of a file that 'xl save' wrote."),
+    "export-xen": ("xen", "Write an epoch of a domain for 'xl restore'."),
     "tag": ("history", "Tag an epoch."),
     "pool": ("pools", "Make and look after thin pools for disks."),
     "delete": ("upkeep", "Delete epochs; all others stay intact."),
@@ -53,7 +55,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = import_module(f"epochs.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -83,7 +83,9 @@ def show_command(ctx: click.Context, epoch: str) -> None:
         *(("disk", f"{disk}: layer {layer[:12]}, "
            f"{output.size(stats['disk_bytes'].get(disk, 0))}")
           for disk, layer in document["disks"].items()),
-        ("needs", f"QEMU {compatibility['qemu']}, {compatibility['machine_type']}, "
+        ("needs", f"Xen {compatibility['xen']}, a {compatibility['guest']} domain"
+         if compatibility.get("hypervisor") == "xen" else
+         f"QEMU {compatibility['qemu']}, {compatibility['machine_type']}, "
          f"{compatibility['accelerator']}, CPU {compatibility['cpu_model']}"),
         ("damage", document["damaged"] or "none known"),
     ]

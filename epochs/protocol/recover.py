@@ -18,6 +18,7 @@ from epochs.processes import ProcessId
 from epochs.protocol import create, lifecycle, mounts, pools, switch, upkeep
 from epochs.protocol.journal import under_way_here
 from epochs.store import StoreFiles
+from epochs.xen import images
 from memsave.errors import MemsaveError
 
 UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
@@ -29,6 +30,7 @@ UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
     "delete": upkeep.redo_delete,
     "remove": upkeep.redo_delete,
     "consolidate": upkeep.undo_consolidate,
+    "import-xen": images.undo_import,
     "mount": mounts.undo_mount,
     "umount": mounts.undo_mount,
     "view": mounts.undo_mount,

@@ -29,7 +29,7 @@ from epochs.protocol import launch, upkeep, verify
 from epochs.protocol.instances import RUNNING, open_monitor, state
 from epochs.protocol.journal import operation
 from epochs.protocol.launch import Ready, Target
-from epochs.spec import check_name
+from epochs.spec import XEN, check_name
 from epochs.store import StoreFiles, new_id
 
 SPAWNERS = 4  # instances launched at once; QEMU's start is part computing, part waiting
@@ -125,6 +125,9 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
 
 def _check_same_disks(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
                       epoch: EpochRecord) -> None:
+    if epoch.spec.hypervisor != machine.spec.hypervisor:
+        raise Refused(f"epoch {epoch.id[:12]} is of a {epoch.spec.hypervisor} machine, and "
+                      f"'{machine.name}' is one of {machine.spec.hypervisor}")
     frozen = list(store.catalog.epoch_layers(epoch.id))
     if frozen != [disk.name for disk in disks]:
         raise Refused(f"epoch {epoch.id[:12]} has disks {', '.join(frozen) or 'none'}, machine "
@@ -152,6 +155,9 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
             raise Refused(f"there is a machine '{name}' already; choose another name")
     with store.shared():
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
+        if epoch.spec.hypervisor == XEN:
+            raise Refused(f"epoch {epoch.id[:12]} is of a Xen domain and cannot be forked here; "
+                          f"'epochs export-xen {epoch.id[:12]} FILE' writes it for 'xl restore'")
         verify.before_use(store, epoch)
         _refuse_forks(store, epoch)
         now = time.time()

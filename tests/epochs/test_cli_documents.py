@@ -20,8 +20,8 @@ WITHOUT_DOCUMENT = {"console", "completion"}  # they pass bytes on, and say so i
 def rows() -> dict[str, str]:
     """Command to the second cell of its row."""
     text = (ROOT / "docs" / "json.md").read_text().split("\n## ", 1)[0]
-    found = re.findall(r"^\| (`[a-z`, ]+`) \| (.*) \|$", text, re.MULTILINE)
-    return {name: cell for names, cell in found for name in re.findall(r"`(\w+)`", names)}
+    found = re.findall(r"^\| (`[a-z`, -]+`) \| (.*) \|$", text, re.MULTILINE)
+    return {name: cell for names, cell in found for name in re.findall(r"`([\w-]+)`", names)}
 
 
 def top_level(cell: str) -> set[str]:

@@ -1,0 +1,1 @@
+"""Domains of Xen. Nothing here needs Xen's libraries until a domain is touched."""

@@ -6,5 +6,6 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: (item.get_closest_marker("dm") is None,
+    items.sort(key=lambda item: (item.get_closest_marker("dm") is None
+                                 and item.get_closest_marker("xen") is None,
                                  item.get_closest_marker("slow") is None))

@@ -350,9 +350,24 @@ static int no_device_model(uint32_t domid, unsigned enable, void *data)
     return 0;
 }
 
+/* Whether Xen can tell which pages a domain writes to: of a PV one only if it was built with shadow
+ * page tables, which Debian's is not. */
+static int can_track(ms_host *host, uint32_t domid)
+{
+    xc_domaininfo_t info;
+    xc_physinfo_t machine = {0};
+    if (look(host, domid, &info))
+        return -1;
+    if (info.flags & XEN_DOMINF_hvm_guest)
+        return 1;
+    if (xc_physinfo(host->xc, &machine))
+        return fail(host, "what Xen can do cannot be asked for");
+    return !!(machine.capabilities & XEN_SYSCTL_PHYSCAP_shadow);
+}
+
 /*
  * Writes a domain's stream to fd. It is suspended when `then` is called, and stays so: the caller
- * resumes it, whatever came out. held: it never ran since it was restored, and is saved as it stands.
+ * resumes it, whatever came out. Where Xen cannot track it, it is suspended from the beginning. held: it never ran since it was restored, and is saved as it stands.
  * timeout: milliseconds that the guest has to suspend itself.
  */
 int ms_domain_save(ms_host *host, uint32_t domid, int fd, int held, int timeout, ms_suspended then,
@@ -366,7 +381,10 @@ int ms_domain_save(ms_host *host, uint32_t domid, int fd, int held, int timeout,
     host->why[0] = 0;
     if (held && mend_p2m(host, domid))
         return -1;
-    if (xc_domain_save(host->xc, fd, domid, held ? 0 : XCFLAGS_LIVE, &callbacks, XC_STREAM_PLAIN,
+    int live = held ? 0 : can_track(host, domid);
+    if (live < 0)
+        return -1;
+    if (xc_domain_save(host->xc, fd, domid, live ? XCFLAGS_LIVE : 0, &callbacks, XC_STREAM_PLAIN,
                        -1))
         return fail(host, "the domain cannot be saved");
     return 0;

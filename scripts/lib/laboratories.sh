@@ -7,4 +7,7 @@ need_uml() {
 
 need_xen() {
     need qemu-system-x86 util-linux
+    EPOCHS_XEN=$("$ROOT/scripts/guests/build-xen")
+    EPOCHS_XEN_WHEEL=$("$ROOT/scripts/guests/build-xen-wheel" "$EPOCHS_XEN")
+    export EPOCHS_XEN EPOCHS_XEN_WHEEL
 }

@@ -25,10 +25,10 @@ LIMIT = 2400  # seconds for one file
 pytestmark = pytest.mark.dm
 
 
-def wishes(file: Path) -> list[str]:
-    """Options for scripts/uml that a file asks for: its constant UML, a list of strings."""
+def wishes(file: Path, constant: str = "UML") -> list[str]:
+    """Options for its laboratory that a file asks for: its constant UML, a list of strings."""
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "UML":
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == constant:
             return [str(word) for word in ast.literal_eval(node.value)]
     return []
 

@@ -12,7 +12,8 @@ import memsave
 from memsave.bench import measure
 
 CORE = Path(memsave.__file__).parent / "csrc"
-SOURCES = [str(path) for path in sorted(CORE.glob("*.c")) if path.name not in ("tracker_preload.c", "xen_live.c")]
+SOURCES = [str(path) for path in sorted(CORE.glob("*.c"))
+           if path.name not in ("tracker_preload.c", "xen_live.c")]  # other libraries than C's
 
 
 def test_the_core_under_sanitisers(tmp_path: Path) -> None:

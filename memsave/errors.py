@@ -3,7 +3,8 @@
 ::
 
     MemsaveError        a capture, a restore or a file was refused or failed
-     └─ MemoryDamaged   stored bytes are not those that were written; ``path`` names the file
+     ├─ MemoryDamaged   stored bytes are not those that were written; ``path`` names the file
+     └─ XenStreamError, XenMissing, DomainGone   of domains of Xen
 """
 
 from __future__ import annotations
@@ -24,3 +25,15 @@ class MemoryDamaged(MemsaveError):
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)
         self.path = path
+
+
+class XenStreamError(MemsaveError):
+    """A stream of a Xen domain is malformed, or of a domain that cannot be taken."""
+
+
+class XenMissing(MemsaveError):
+    """No Xen on this host, or no way to it."""
+
+
+class DomainGone(MemsaveError):
+    """A Xen domain is not there any more."""

@@ -105,11 +105,11 @@ def describe(error: Exception) -> tuple[str, str, int, dict[str, Any] | None]:
     if isinstance(error, FaultInjected):
         return kind, str(error), 5, None
     from blockcow import BlockDamaged, BlockError, BlockRefused, LayerDamaged, SourceRefused
-    from memsave.errors import MemoryDamaged, MemsaveError
+    from memsave.errors import MemoryDamaged, MemsaveError, XenMissing
 
     if isinstance(error, SourceRefused):
         return kind, str(error), 3 if "does not exist" in str(error) else 4, None
-    if isinstance(error, BlockRefused):
+    if isinstance(error, BlockRefused | XenMissing):
         return kind, str(error), 4, None
     if isinstance(error, LayerDamaged | MemoryDamaged):
         return kind, str(error), 6, {"findings": [{"file": str(error.path)}]}

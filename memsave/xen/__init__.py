@@ -10,7 +10,8 @@
 :mod:`memsave.xen.live` captures running domains; it is there only where Xen's libraries are.
 """
 
-from memsave.xen.domain import XenDomain, XenStreamError
+from memsave.errors import XenStreamError
+from memsave.xen.domain import XenDomain
 from memsave.xen.state import State
 from memsave.xen.xlfile import XlSave
 

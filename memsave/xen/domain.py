@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from memsave.errors import MemoryDamaged, MemsaveError
+from memsave.errors import MemoryDamaged, MemsaveError, XenStreamError
 from memsave.image import Image
 from memsave.layout import PAGE, Block, Layout
 from memsave.native import check, ffi, lib, new_error
@@ -22,10 +22,6 @@ BLOCK = "xen"  # name of the one block of a domain's layout
 _PAGE_TYPES = frozenset(
     [lib.MS_XEN_NORMAL, lib.MS_XEN_ALLOCATED]
     + [lib.MS_XEN_NORMAL + level + pin for level in (1, 2, 3, 4) for pin in (0, lib.MS_XEN_PIN)])
-
-
-class XenStreamError(MemsaveError):
-    """A stream is malformed, or of a domain that cannot be taken."""
 
 
 class XenDomain:

@@ -17,21 +17,13 @@ from importlib import import_module
 from types import ModuleType, TracebackType
 from typing import Any
 
-from memsave.errors import MemsaveError
+from memsave.errors import DomainGone, MemsaveError, XenMissing
 from memsave.xen.domain import XenDomain
 
 MAX_DOMAINS = 4096
 PIPE = 1 << 20  # bytes on their way between libxc and us
 SUSPEND_LIMIT = 30.0  # seconds that a guest has to suspend itself
 SUSPENDED = 2  # SHUTDOWN_suspend
-
-
-class XenMissing(MemsaveError):
-    """No Xen here, or no way to it."""
-
-
-class DomainGone(MemsaveError):
-    """A domain is not there any more."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import os
 import struct
 from dataclasses import dataclass
 
-from memsave.xen.domain import XenDomain, XenStreamError
+from memsave.errors import XenStreamError
+from memsave.xen.domain import XenDomain
 
 MAGIC = b"Xen saved domain, xl format\n \0 \r"
 HEADER = struct.Struct("<32sIIII")  # magic, byte order, mandatory, optional flags, bytes of data

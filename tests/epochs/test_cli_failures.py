@@ -251,7 +251,7 @@ def test_without_device_mapper_its_backends_are_refused(
     def no_driver() -> None:
         raise blockcow.devmapper.DmUnavailable("device-mapper is not there: no driver", 19)
 
-    for module in ("dmthin", "thin_layers", "lvm_thin", "lvm_thick", "dmsnap"):
+    for module in ("device_freeze", "thin_layers", "lvm_thick", "dmsnap"):
         monkeypatch.setattr(f"blockcow.{module}.open_driver", no_driver)
     (tmp_path / "disk.img").write_bytes(bytes(2**20))
     store = tmp_path / "store"

@@ -24,7 +24,7 @@ PROGRAM, MACHINE = "scripts/xen", "Xen"
 # Without these Xen or its guests do not get far under emulation.
 CPU = "max,-smap,-rdtscp,-avx,-avx2"
 XEN = "com1=115200,8n1 console=com1 dom0_mem={dom0},max:{dom0} dom0_max_vcpus=1 noreboot=1"
-DOM0 = "console=hvc0 root=/dev/ram0 rdinit=/init quiet mitigations=off"
+DOM0 = "console=hvc0 root=/dev/ram0 rdinit=/init quiet mitigations=off nosoftlockup"
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:

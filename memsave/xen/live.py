@@ -157,6 +157,7 @@ class Host:
             code = self._lib.ms_domain_save(self._c, domain.domid, write, int(held),
                                             int(limit * 1000), self._lib.ms_on_suspended, handle)
             why = self._why()
+            first = list(failures)  # else the reader only saw the stream end, because of this
         finally:
             sent = time.perf_counter()
             try:
@@ -168,7 +169,7 @@ class Host:
         if suspended.error is not None:
             raise suspended.error
         if code:
-            raise failures[0] if failures and not why else MemsaveError(why)
+            raise first[0] if first else MemsaveError(why)
         if failures:
             raise failures[0]
         # CLOCK_MONOTONIC, as time.perf_counter's is (PEP 418, Linux).

@@ -75,7 +75,7 @@ class DomU:
             select.select([], [], [], 0.05)  # xenconsoled's log grows; nothing else tells
         return match
 
-    def run(self, command: str, limit: float = 60.0) -> str:
+    def run(self, command: str, limit: float = READY_LIMIT) -> str:
         """Type a command into the shell on the console; its output. WitnessFailed if it fails."""
         tty = subprocess.run(["xenstore-read", f"/local/domain/{self.domid}/console/tty"],
                              capture_output=True, text=True, check=True).stdout.strip()
@@ -104,7 +104,7 @@ class DomU:
             raise WitnessFailed(f"{self.name}: {answer}")
         return int(match[1])
 
-    def wait_count(self, beyond: int, limit: float = 60.0) -> int:
+    def wait_count(self, beyond: int, limit: float = READY_LIMIT) -> int:
         """Wait until the witness got further, with everything compared well."""
         deadline = time.monotonic() + limit
         while (count := self.count()) <= beyond:

@@ -60,6 +60,7 @@ POINTS: dict[str, tuple[str, ...]] = {
     "pool-extend": ("pool-extend.intended", "pool-extend.allocated", "pool-extend.done"),
     "pool-remove": ("pool-remove.forgotten", "pool-remove.erased"),
     "import-xen": ("import-xen.intended", "import-xen.memory-written"),
+    "export-xen": ("export-xen.written",),
     "mount": ("mount.intended", "mount.served", "mount.mounted", "umount.unmounted"),
     "consolidate": (
         "consolidate.intended",

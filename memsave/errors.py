@@ -4,7 +4,7 @@
 
     MemsaveError        a capture, a restore or a file was refused or failed
      ├─ MemoryDamaged   stored bytes are not those that were written; ``path`` names the file
-     └─ XenStreamError, XenMissing, DomainGone   of domains of Xen
+     └─ XenStreamError, XenMissing   of domains of Xen
 """
 
 from __future__ import annotations
@@ -33,7 +33,3 @@ class XenStreamError(MemsaveError):
 
 class XenMissing(MemsaveError):
     """No Xen on this host, or no way to it."""
-
-
-class DomainGone(MemsaveError):
-    """A Xen domain is not there any more."""

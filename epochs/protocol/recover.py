@@ -31,6 +31,7 @@ UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
     "remove": upkeep.redo_delete,
     "consolidate": upkeep.undo_consolidate,
     "import-xen": images.undo_import,
+    "export-xen": images.undo_export,
     "mount": mounts.undo_mount,
     "umount": mounts.undo_mount,
     "view": mounts.undo_mount,

@@ -21,8 +21,6 @@ from epochs.store import StoreFiles, new_id
 from epochs.xen.config import DomainConfig
 from memsave.xen import State, XenDomain, XenStreamError, XlSave, xlfile
 
-PARTIAL = ".partial"
-
 
 def import_file(store: StoreFiles, path: Path, *, name: str | None = None, message: str = "",
                 disks: Mapping[str, tuple[str, str]] | None = None,
@@ -137,27 +135,38 @@ def export_file(store: StoreFiles, epoch: EpochRecord, path: Path, *, force: boo
         raise Refused(f"epoch {epoch.id[:12]} is not of a Xen domain; only those can be exported")
     if path.exists() and not force:
         raise Refused(f"{path} exists; choose another name or overwrite it with --force")
-    partial = path.with_name(path.name + PARTIAL)
+    path = path.absolute()
+    partial = path.with_name(f"{path.name}.{new_id()}.partial")
     with store.shared():
         verify.before_use(store, epoch)
-        try:
-            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise Refused(f"{path} cannot be written: {error.strerror}") from error
-        try:
-            with XenDomain(store.packs_dir) as domain:
-                saved = load(store, epoch.id, domain)
-                xlfile.write(fd, domain, saved)
-            os.fsync(fd)
-            size = os.fstat(fd).st_size
-            partial.rename(path)
-            sync_directory(path.absolute().parent)
-        except OSError as error:
-            raise Failed(f"{path} was not written: {error.strerror}") from error
-        finally:
-            os.close(fd)
-            partial.unlink(missing_ok=True)
+        with operation(store, "export-xen", None, {"partial": str(partial)},
+                       undo_export) as under_way:
+            try:
+                fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise Refused(f"{path} cannot be written: {error.strerror}") from error
+            try:
+                with XenDomain(store.packs_dir) as domain:
+                    saved = load(store, epoch.id, domain)
+                    xlfile.write(fd, domain, saved)
+                os.fsync(fd)
+                size = os.fstat(fd).st_size
+                points.hit("export-xen.written")
+                partial.rename(path)
+                sync_directory(path.parent)
+            except OSError as error:
+                raise Failed(f"{path} was not written: {error.strerror}") from error
+            finally:
+                os.close(fd)
+            under_way.end()
     return size
+
+
+def undo_export(store: StoreFiles, record: JournalRecord) -> None:
+    """Remove the unfinished file; what was renamed already is whole."""
+    Path(record.plan["partial"]).unlink(missing_ok=True)
+    with store.catalog.transaction():
+        store.catalog.end(record.id)
 
 
 def load(store: StoreFiles, epoch_id: str, domain: XenDomain) -> XlSave:

@@ -178,7 +178,7 @@ static int hardware(ms_xen *xen, ms_error *error)
     return code;
 }
 
-/* Makes a domain that was read canonical; doing it again changes nothing but the rings set aside. */
+/* Makes a domain that was just read canonical. */
 int ms_xen_canonical(ms_xen *xen, ms_error *error)
 {
     return xen->guest == MS_XEN_PV ? paravirtual(xen, error) : hardware(xen, error);

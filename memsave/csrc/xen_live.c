@@ -167,43 +167,6 @@ static int look(ms_host *host, uint32_t domid, xc_domaininfo_t *info)
     return fail(host, "the domain is gone");
 }
 
-int ms_host_free_memory(ms_host *host, uint64_t *bytes)
-{
-    xc_physinfo_t info = {0};
-    host->why[0] = 0;
-    if (xc_physinfo(host->xc, &info))
-        return fail(host, "the host's memory cannot be asked for");
-    *bytes = info.free_pages * 4096;
-    return 0;
-}
-
-char *ms_host_read(ms_host *host, const char *path)
-{
-    unsigned length;
-    return xs_read(host->store, XBT_NULL, path, &length);
-}
-
-void ms_host_free(char *value)
-{
-    free(value);
-}
-
-int ms_host_write(ms_host *host, const char *path, const char *value)
-{
-    host->why[0] = 0;
-    if (!xs_write(host->store, XBT_NULL, path, value, (unsigned)strlen(value)))
-        return fail(host, "xenstore cannot be written");
-    return 0;
-}
-
-int ms_domain_pause(ms_host *host, uint32_t domid, int pause)
-{
-    host->why[0] = 0;
-    if (pause ? xc_domain_pause(host->xc, domid) : xc_domain_unpause(host->xc, domid))
-        return fail(host, pause ? "the domain cannot be paused" : "the domain cannot go on");
-    return 0;
-}
-
 static int64_t milliseconds(void)
 {
     struct timespec now;

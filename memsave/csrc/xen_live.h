@@ -28,12 +28,7 @@ void ms_host_close(ms_host *host);
 const char *ms_host_why(ms_host *host);
 double ms_host_asked(ms_host *host); /* when the last save had its guest suspended: CLOCK_MONOTONIC */
 int ms_host_domains(ms_host *host, ms_domain *out, int room); /* how many, or -1 */
-int ms_host_free_memory(ms_host *host, uint64_t *bytes);
-char *ms_host_read(ms_host *host, const char *path);          /* to be freed; NULL: not there */
-int ms_host_write(ms_host *host, const char *path, const char *value);
-void ms_host_free(char *value);
 
-int ms_domain_pause(ms_host *host, uint32_t domid, int pause);
 int ms_domain_save(ms_host *host, uint32_t domid, int fd, int held, int timeout,
                    ms_suspended then, void *data);
 int ms_domain_resume(ms_host *host, uint32_t domid, int held);

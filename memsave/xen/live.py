@@ -17,7 +17,7 @@ from importlib import import_module
 from types import ModuleType, TracebackType
 from typing import Any
 
-from memsave.errors import DomainGone, MemsaveError, XenMissing
+from memsave.errors import MemsaveError, XenMissing
 from memsave.xen.domain import XenDomain
 
 MAX_DOMAINS = 4096
@@ -96,32 +96,6 @@ class Host:
         self._require(count)
         return [_running(self._ffi, found[number]) for number in range(count)]
 
-    def find(self, wanted: uuid.UUID) -> Running | None:
-        """A domain by its UUID; None if there is none."""
-        return next((one for one in self.domains() if one.uuid == wanted and not one.dying), None)
-
-    def free_memory(self) -> int:
-        """Bytes that no domain has."""
-        out = self._ffi.new("uint64_t *")
-        self._require(self._lib.ms_host_free_memory(self._c, out))
-        return int(out[0])
-
-    def read(self, path: str) -> str | None:
-        """A value of xenstore; None if it is not there."""
-        value = self._lib.ms_host_read(self._c, path.encode())
-        if value == self._ffi.NULL:
-            return None
-        try:
-            return str(self._ffi.string(value).decode(errors="replace"))
-        finally:
-            self._lib.ms_host_free(value)
-
-    def pause(self, domid: int) -> None:
-        self._require(self._lib.ms_domain_pause(self._c, domid, 1))
-
-    def unpause(self, domid: int) -> None:
-        self._require(self._lib.ms_domain_pause(self._c, domid, 0))
-
     def resume(self, domid: int, *, held: bool = False) -> None:
         """Let a suspended domain go on, its devices connected; nothing if it is not suspended."""
         self._require(self._lib.ms_domain_resume(self._c, domid, int(held)))
@@ -183,8 +157,7 @@ class Host:
 
     def _require(self, code: int) -> None:
         if code < 0:
-            why = self._why()
-            raise DomainGone(why) if why.startswith("the domain is gone") else MemsaveError(why)
+            raise MemsaveError(self._why())
 
     def close(self) -> None:
         if self._c != self._ffi.NULL:

@@ -2,4 +2,4 @@
 
 import os
 
-collect_ignore = [] if os.environ.get("EPOCHS_IN_UML") else ["lab"]
+collect_ignore = [] if os.environ.get("EPOCHS_IN_LAB") else ["lab"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from epochs import Store
+from epochs import DiskSpec, MachineSpec, Store
+from epochs.errors import NotFound
 from epochs.points import POINTS
 from tests.memsave.xen_writers import PvDomain, hvm_records, xl_file
 from tests.system.guest import assert_tidy, cli_json, run_cli
@@ -117,6 +118,43 @@ def test_pvh(tmp_path: Path) -> None:
     target = tmp_path / "again.save"
     run_cli(store, "export-xen", made["id"], str(target))
     assert target.stat().st_size == file.stat().st_size
+
+
+def test_paired_with_a_frozen_layer(saved: Path, tmp_path: Path) -> None:
+    """The layer is the epoch's then, too: it stays when the one it was taken from goes."""
+    (tmp_path / "disk.img").write_bytes(b"disk".ljust(2**20, b"\0"))
+    with Store(tmp_path / "store") as store:
+        disk = DiskSpec("root", str(tmp_path / "disk.img"), "raw", "qcow2")
+        with store.add("bare", MachineSpec(memory=16 * 2**20, accel="tcg", net="none",
+                                           disks=(disk,))) as bare:
+            bare.start()
+            frozen = bare.create()
+            layer = frozen.disks["root"]
+            made = store.import_xen(saved, disks={"xvda": (frozen, "root")})
+            assert made.disks == {"xvda": layer}
+            with pytest.raises(NotFound, match="has no disk 'xvdb'"):
+                store.import_xen(saved, disks={"xvdb": (frozen, "root")})
+        assert [epoch.id for epoch in store.epochs()] == [made.id]
+        assert store.verify() == []
+        store.delete([made])
+        assert store.files.catalog.find_layer(layer) is None
+
+
+def test_export_killed(saved: Path, tmp_path: Path) -> None:
+    """Nothing is left beside the file that was to be; the control is that something is there
+    before."""
+    store, target = tmp_path / "store", tmp_path / "again.save"
+    made = cli_json(store, "import-xen", str(saved))
+    assert isinstance(made, dict)
+    for point in POINTS["export-xen"]:
+        done = run_cli(store, "export-xen", made["id"], str(target), fault=f"{point}:kill",
+                       check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob("again*"))) == 1
+        run_cli(store, "recover")
+        assert list(tmp_path.glob("again*")) == []
+    run_cli(store, "export-xen", made["id"], str(target))
+    assert list(tmp_path.glob("again*")) == [target]
 
 
 @pytest.mark.parametrize("point", POINTS["import-xen"])

@@ -219,9 +219,10 @@ def test_rebacking(store: Store, boot: Boot) -> None:
 
 def test_every_point_is_visited_by_a_sweep() -> None:
     """A new point must be added to a sweep above, to those over pools (tests/dm/swept.py), or to
-    those over mounts (test_files.py) and imports (tests/epochs/test_xen_images.py)."""
+    those over mounts (test_files.py) and files of Xen (tests/epochs/test_xen_images.py)."""
     visited = {*CREATE, *LAUNCH, *POINTS["rollback"], *POINTS["fork"], *POINTS["delete"],
                *POINTS["consolidate"], *POINTS["start"], *POINTS["undo-create"],
                *POINTS["undo-switch"], *POINTS["undo-consolidate"], *IN_POOLS,
-               *POINTS["mount"], *POINTS["rebacking"], *POINTS["import-xen"]}
+               *POINTS["mount"], *POINTS["rebacking"], *POINTS["import-xen"],
+               *POINTS["export-xen"]}
     assert visited == ALL

@@ -9,12 +9,15 @@ images may outlive the run: killing this process is a power cut.
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import laboratory
@@ -22,6 +25,7 @@ import laboratory
 SCRIPTS = Path(__file__).resolve().parent
 KERNEL = "linux.uml"
 PROGRAM, MACHINE = "scripts/uml", "User-Mode Linux"
+HALTED, GRACE = b"reboot: System halted", 10.0  # what it says last; seconds to exit after it
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -60,28 +64,43 @@ def run(options: argparse.Namespace, place: Path, memory: Path) -> int:
     kernel = prepared(options, place)
     output = [os.dup(1), os.dup(2)]
     log = options.kernel_log or place / "kernel.log"
-    with log.open("wb") as messages:
-        console = os.dup(messages.fileno())
-        kernel += [f"con0=null,fd:{console}", f"con1=null,fd:{output[0]}",
-                   f"con2=null,fd:{output[1]}"]
-        # A namespace of its own, so that no process of it outlives its first one, nor that one us.
-        child = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork",
-             "--kill-child", "--mount-proc", *kernel],
-            stdin=subprocess.DEVNULL, stdout=messages, stderr=messages,
-            pass_fds=(console, *output), env={**os.environ, "TMPDIR": str(memory)})
-        for descriptor in (console, *output):
-            os.close(descriptor)
-        try:
-            child.wait(options.timeout)
-        except subprocess.TimeoutExpired:
-            return laboratory.failed(
-                PROGRAM, f"{MACHINE} did not end within {options.timeout:.0f} s",
-                laboratory.TIMED_OUT, log)
-        finally:
-            child.kill()
-            child.wait()
+    messages, console = os.pipe()
+    kernel += [f"con0=null,fd:{console}", f"con1=null,fd:{output[0]}", f"con2=null,fd:{output[1]}"]
+    # A namespace of its own, so that no process of it outlives its first one, nor that one us.
+    child = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork",
+         "--kill-child", "--mount-proc", *kernel],
+        stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+        pass_fds=(console, *output), env={**os.environ, "TMPDIR": str(memory)})
+    for descriptor in (console, *output):
+        os.close(descriptor)
+    try:
+        with os.fdopen(messages, "rb", buffering=0) as said, log.open("wb", buffering=0) as kept:
+            if not ended(said, kept, options.timeout):
+                return laboratory.failed(
+                    PROGRAM, f"{MACHINE} did not end within {options.timeout:.0f} s",
+                    laboratory.TIMED_OUT, log)
+    finally:
+        child.kill()
+        child.wait()
     return laboratory.outcome(PROGRAM, MACHINE, place / "exchange", log)
+
+
+def ended(said: io.FileIO, kept: io.FileIO, timeout: float) -> bool:
+    """Copy what the kernel says to its log until it has ended, which must be within ``timeout``
+    seconds. One that says it has halted has ended even if its process now waits for ever for
+    another one of it, which some of them do."""
+    deadline, tail = time.monotonic() + timeout, b""
+    halted = False
+    while select.select([said], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        part = said.read(65536)
+        if not part:
+            return True
+        kept.write(part)
+        tail = (tail + part)[-4096:]
+        if not halted and HALTED in tail:
+            halted, deadline = True, min(deadline, time.monotonic() + GRACE)
+    return halted
 
 
 def main() -> int:

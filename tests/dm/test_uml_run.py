@@ -41,7 +41,7 @@ def test_halted_without_a_status(tmp_path: Path) -> None:
 
 
 def test_one_that_hangs_before_it_halts(tmp_path: Path) -> None:
-    """The control: a status alone, or a message alone, is no end."""
+    """The control: a status and some other message are no end."""
     done = run(tmp_path, f"{LEAVE_STATUS}echo still here; exec sleep infinity", 2)
     assert done.returncode == 124
     assert "did not end within 2 s" in done.stderr

@@ -53,9 +53,9 @@ from .interface import (
 from .layer_files import checked, in_place
 from .names import in_directory
 from .qcow2_graph import raw_options, raw_tree
+from .source import FLUSH_BUFFERS
 
 MERGED = ".merge"
-_FLUSH_BUFFERS = 0x1261  # linux/fs.h: BLKFLSBUF
 
 
 class DmSnapBackend(Plain):
@@ -229,7 +229,7 @@ class DmSnapBackend(Plain):
         try:
             # While it was active somebody may have read it (udev does), and what is in the page
             # cache of a device does not change with what is written beneath it.
-            fcntl.ioctl(fd, _FLUSH_BUFFERS)
+            fcntl.ioctl(fd, FLUSH_BUFFERS)
             yield node
         finally:
             os.close(fd)

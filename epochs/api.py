@@ -28,6 +28,7 @@ import memsave
 from epochs import graph
 from epochs.catalog import EpochRecord, MachineRecord, MountRecord
 from epochs.errors import Failed, Refused, UsageError
+from epochs.hypervisor import Progress, hypervisor, no_progress
 from epochs.protocol import create as creation
 from epochs.protocol import delete as deletion
 from epochs.protocol import diff as difference
@@ -36,9 +37,11 @@ from epochs.protocol import mounts as mounting
 from epochs.protocol import pools as pooling
 from epochs.protocol import verify as verification
 from epochs.qemu import agent, screen
+from epochs.qemu.connection import open_monitor
 from epochs.qemu.process import AGENT_SOCKET, CONSOLE_SOCKET
-from epochs.spec import MachineSpec
+from epochs.spec import XEN, DiskSpec, MachineSpec
 from epochs.store import Notice, StoreFiles, silent
+from epochs.xen import takeover
 
 AGENT_LIMIT = 30.0  # seconds the guest agent may take to answer
 
@@ -136,11 +139,10 @@ class Machine:
         """Hold the vCPUs until :meth:`start`."""
         with self._store.locked(self.name) as record:
             instance = instances.require_live(self._store.files, record)
-            with instances.open_monitor(self._store.files, instance) as monitor:
-                monitor.execute("stop")
+            hypervisor(record.spec).hold(self._store.files, instance)
 
     def create(self, message: str = "", tags: Iterable[str] = (), *, flat: bool | None = None,
-               progress: creation.Progress = creation.no_progress) -> Epoch:
+               progress: Progress = no_progress) -> Epoch:
         """A live epoch; see :func:`epochs.protocol.create.create`."""
         with self._store.locked(self.name) as record:
             made = creation.create(self._store.files, record, message=message, tags=tuple(tags),
@@ -148,7 +150,7 @@ class Machine:
         return Epoch(self._store, made)
 
     def rollback(self, epoch: Epoch | str | None = None, *, keep: bool = True,
-                 progress: creation.Progress = creation.no_progress) -> dict[str, Any]:
+                 progress: Progress = no_progress) -> dict[str, Any]:
         """Back to ``epoch`` (default: the head). Returns the id of the kept epoch, if any, and
         the seconds from the call to the guest running."""
         with self._store.locked(self.name) as record:
@@ -177,6 +179,9 @@ class Machine:
     def _agent(self, limit: float = AGENT_LIMIT) -> agent.Agent:
         self._store.settle()
         files = self._store.files
+        if self.record.spec.hypervisor == XEN:
+            raise Refused(f"machine '{self.name}' is a domain of Xen, which has no guest agent; "
+                          f"'epochs console {self.name}' talks to it")
         instance = instances.require_live(files, self.record)
         if instances.state(files, self.record).word == "paused":
             raise Refused(f"machine '{self.name}' is paused; 'epochs start {self.name}' lets it "
@@ -193,7 +198,7 @@ class Machine:
             if not record.spec.vga:
                 raise Refused(f"machine '{self.name}' has no display; add it with --vga")
             instance = instances.require_live(self._store.files, record)
-            with instances.open_monitor(self._store.files, instance) as monitor:
+            with open_monitor(self._store.files, instance) as monitor:
                 return screen.png(screen.capture(
                     monitor, self._store.files.instance_dir(instance.id)))
 
@@ -203,10 +208,17 @@ class Machine:
         instance = instances.require_live(self._store.files, self.record)
         return self._store.files.instance_dir(instance.id) / CONSOLE_SOCKET
 
+    def open_console(self) -> int:
+        """A descriptor of its console, to read and to write, which the caller closes; Refused if
+        the machine is off."""
+        record, files = self.record, self._store.files
+        return hypervisor(record.spec).console(files, instances.require_live(files, record))
+
     @property
     def console_log(self) -> Path:
-        """Everything that the serial console ever said, across rollbacks."""
-        return self._store.files.console_log(self.record.id)
+        """Everything that its console ever said, across rollbacks."""
+        record = self.record
+        return hypervisor(record.spec).console_log(self._store.files, record)
 
     def remove(self, *, with_epochs: bool = False, force: bool = False) -> lifecycle.Removal:
         """Forget the machine and its present disks; its epochs stay unless asked for."""
@@ -300,11 +312,22 @@ class Store:
         return Machine(self, self.files.catalog.machine(name).name)
 
     def add(self, name: str, spec: MachineSpec,
-            progress: creation.Progress | None = None) -> Machine:
+            progress: Progress | None = None) -> Machine:
         """Register a machine; its disks are checked and never written to."""
         self.settle()
         lifecycle.add(self.files, name, spec, progress)
         return Machine(self, name)
+
+    def take_over(self, name: str, domain: str, disks: tuple[DiskSpec, ...] = (),
+                  progress: Progress | None = None) -> Machine:
+        """A machine out of a domain of Xen that runs without us; its guest goes on. ``disks`` say
+        which backends they get. See :mod:`epochs.xen.takeover`."""
+        self.settle()
+        _, epoch = takeover.take_over(self.files, name, domain, disks,
+                                      progress=progress or no_progress)
+        machine = Machine(self, name)
+        machine.rollback(epoch.id, keep=False)
+        return machine
 
     def fork(self, epoch: Epoch | str, name: str, *, paused: bool = False) -> Machine:
         """A new machine from an epoch."""
@@ -439,7 +462,7 @@ class Store:
     # -- Xen ---------------------------------------------------------------------------------------
     def import_xen(self, file: Path | str, *, name: str | None = None, message: str = "",
                    disks: Mapping[str, tuple[Epoch | str, str]] | None = None,
-                   progress: creation.Progress = creation.no_progress) -> Epoch:
+                   progress: Progress = no_progress) -> Epoch:
         """An epoch out of a file of `xl save`; see :func:`epochs.xen.images.import_file`."""
         from epochs.xen import images
 

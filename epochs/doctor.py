@@ -14,6 +14,7 @@ import blockcow
 import memsave
 import memsave.errors
 from epochs.errors import EpochsError
+from epochs.hypervisor import hypervisor
 from epochs.processes import ProcessId
 from epochs.qemu import binary, yama
 from epochs.store import StoreFiles, default_path
@@ -42,7 +43,7 @@ class Check:
 def examine(store: str | None) -> list[Check]:
     """All checks, in the order of what depends on what."""
     return [*_qemu(), _tool("qemu-img", "qemu-utils"), _memory(), _tracking(), *_device_mapper(),
-            _showing(), *_store(store)]
+            *_xen(), _showing(), *_store(store)]
 
 
 def _qemu() -> list[Check]:
@@ -83,6 +84,29 @@ def _device_mapper() -> list[Check]:
                       Check(name, LACKING, f"{tool} is not there: no {what}",
                             f"apt-get install {package}"))
     return checks
+
+
+def _xen() -> list[Check]:
+    """What domains of Xen need."""
+    from epochs.xen import domains
+    from memsave.errors import XenMissing
+
+    if not domains.is_dom0():
+        return [Check("Xen", LACKING, "this is no dom0 of Xen; machines of QEMU work",
+                      "boot Xen and use its dom0")]
+    from memsave.xen.live import Host
+
+    try:
+        with Host() as host:
+            version = "{}.{}".format(*host.version)
+            free = host.free_memory
+    except XenMissing as error:
+        return [Check("Xen", LACKING, str(error), "apt-get install libxen-dev, and install epochs "
+                      "anew, as root")]
+    if shutil.which("xl") is None:
+        return [Check("Xen", LACKING, f"{version}, but xl is not there",
+                      "apt-get install xen-utils")]
+    return [Check("Xen", GOOD, f"{version}, {free / 2**20:.0f} MiB free for domains")]
 
 
 def _showing() -> Check:
@@ -184,9 +208,13 @@ def _machines(files: StoreFiles) -> list[Check]:
     checks = []
     for machine in files.catalog.machines():
         instance = files.catalog.instance_of(machine.id)
-        if instance is not None and not instance.process.alive():
-            checks.append(Check(f"machine {machine.name}", LACKING, "its QEMU has died",
-                                f"epochs start {machine.name}, or roll it back"))
+        try:
+            if instance is not None and hypervisor(machine.spec).ended(instance):
+                checks.append(Check(f"machine {machine.name}", LACKING, "its hypervisor has died",
+                                    f"epochs start {machine.name}, or roll it back"))
+        except (EpochsError, memsave.errors.MemsaveError) as error:
+            checks.append(Check(f"machine {machine.name}", LACKING, str(error),
+                                f"epochs status {machine.name}"))
     own = ProcessId.own()
     waiting = [record for record in files.catalog.journal()
                if not record.operator.alive() and record.operator != own]

@@ -61,6 +61,9 @@ POINTS: dict[str, tuple[str, ...]] = {
     "pool-remove": ("pool-remove.forgotten", "pool-remove.erased"),
     "import-xen": ("import-xen.intended", "import-xen.memory-written"),
     "export-xen": ("export-xen.written",),
+    "take-over": ("take-over.intended", "take-over.suspended", "take-over.disks-adopted",
+                  "take-over.read", "take-over.memory-written", "take-over.committed",
+                  "take-over.old-gone"),
     "mount": ("mount.intended", "mount.served", "mount.mounted", "umount.unmounted"),
     "consolidate": (
         "consolidate.intended",

@@ -57,7 +57,8 @@ class DiskSpec:
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """A machine's hardware. ``memory`` in bytes; files as absolute paths."""
+    """A machine's hardware. ``memory`` in bytes; files as absolute paths. ``config``: of a Xen
+    domain, the text of its configuration for `xl create`."""
 
     memory: int
     cpus: int = 1
@@ -71,6 +72,7 @@ class MachineSpec:
     qemu: str | None = None
     extra: tuple[str, ...] = field(default=())
     hypervisor: str = QEMU
+    config: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -124,7 +126,7 @@ def from_toml(path: Path) -> tuple[str | None, dict[str, Any]]:
         raise UsageError(f"machine file {path} cannot be read: {error}") from error
     name = raw.pop("name", None)
     disks = raw.pop("disk", [])
-    known = set(MachineSpec.__dataclass_fields__) - {"disks"}
+    known = set(MachineSpec.__dataclass_fields__) - {"disks", "hypervisor", "config"}
     unknown = sorted(set(raw) - known)
     if unknown:
         raise UsageError(f"machine file {path}: unknown key '{unknown[0]}'")

@@ -5,7 +5,7 @@ from pathlib import Path
 from cffi import FFI
 
 HEADER = Path(__file__).parent / "csrc" / "xen_live.h"
-LIBRARIES = ["xenguest", "xenctrl", "xenstore", "xencall", "xentoollog"]
+LIBRARIES = ["xenguest", "xenctrl", "xenstore", "xencall", "xentoollog", "xenlight"]
 
 
 def available() -> bool:
@@ -16,11 +16,11 @@ def available() -> bool:
 
 ffi = FFI()
 ffi.cdef("\n".join(line for line in HEADER.read_text().splitlines() if not line.startswith("#"))
-         + '\nextern "Python" int ms_on_suspended(void *);')
+         + '\nextern "Python" int ms_on_suspended(void *, int);')
 ffi.set_source(
     "memsave._xen",
     '#include "xen_live.h"',
-    sources=["memsave/csrc/xen_live.c"],
+    sources=["memsave/csrc/xen_live.c", "memsave/csrc/xen_boot.c"],
     depends=["memsave/csrc/xen_live.h"],
     include_dirs=["memsave/csrc"],
     libraries=LIBRARIES,

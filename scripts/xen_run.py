@@ -36,6 +36,8 @@ DOM0 = "console=hvc0 root=/dev/ram0 rdinit=/init quiet mitigations=off nosoftloc
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = laboratory.parser(PROGRAM, __doc__, memory="3G", disk="/dev/vdb, /dev/vdc")
     parser.add_argument("--dom0-memory", default="1024M", help="dom0's part (default: 1024M)")
+    parser.add_argument("--hypervisor", default="xen", choices=["xen", "xen-debian"],
+                        help="with shadow page tables, or as Debian builds it, without them")
     parser.add_argument("--output", type=Path, metavar="DIRECTORY",
                         help="where what the command leaves in $OUTPUT goes")
     return parser.parse_args(arguments)
@@ -51,7 +53,7 @@ def prepared(options: argparse.Namespace, place: Path) -> list[str]:
     (built,) = wheel.glob("*.whl")
     shutil.copy(built, exchange)
     checkout = exchange / "checkout"
-    for name in ("tests", "scripts"):
+    for name in ("tests", "scripts", "docs"):
         shutil.copytree(SCRIPTS.parent / name, checkout / name,
                         ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(SCRIPTS.parent / "setup.cfg", checkout)
@@ -59,7 +61,7 @@ def prepared(options: argparse.Namespace, place: Path) -> list[str]:
         QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-accel", "tcg,thread=multi", "-M", "q35", "-cpu", CPU, "-m", options.memory,
         "-smp", str(PROCESSORS),
-        "-kernel", str(xen / "xen"), "-append", XEN.format(dom0=options.dom0_memory),
+        "-kernel", str(xen / options.hypervisor), "-append", XEN.format(dom0=options.dom0_memory),
         "-initrd", f"{xen / 'vmlinuz'} {DOM0},{xen / 'initrd'}",
         "-serial", f"file:{place / 'serial.log'}",
         "-fsdev", f"local,id=exchange,path={exchange},security_model=none",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import select
-import socket
 import sys
 from pathlib import Path
 
@@ -23,24 +22,24 @@ ESCAPE = b"\x1d"  # Ctrl-]
 @click.pass_context
 def console_command(ctx: click.Context, name: str, log: bool) -> None:
     """Attach to the serial console; leave with Ctrl-]."""
-    from epochs.qemu.monitor import connect_unix
-
     with opened(ctx) as store:
         machine = store.machine(name)
         if log:
             data = machine.console_log.read_bytes() if machine.console_log.exists() else b""
             sys.stdout.buffer.write(data)
             return
-        path = machine.console_socket
-    with connect_unix(path) as sock:
+        console = machine.open_console()
+    try:
         if sys.stdin.isatty():
             notice(f"connected to '{name}'; leave with Ctrl-]")
-            _raw_terminal(sock)
+            _raw_terminal(console)
         else:
-            _bridge(sock)
+            _bridge(console)
+    finally:
+        os.close(console)
 
 
-def _raw_terminal(sock: socket.socket) -> None:
+def _raw_terminal(console: int) -> None:
     import termios
     import tty
 
@@ -48,19 +47,19 @@ def _raw_terminal(sock: socket.socket) -> None:
     before = termios.tcgetattr(fd)
     try:
         tty.setraw(fd)
-        _bridge(sock)
+        _bridge(console)
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
         print(file=sys.stderr)
 
 
-def _bridge(sock: socket.socket) -> None:
+def _bridge(console: int) -> None:
     """Copy both ways until the guest hangs up, input ends, or the escape key."""
     source = sys.stdin.fileno()
     while True:
-        ready = select.select([source, sock], [], [])[0]
-        if sock in ready:
-            data = sock.recv(65536)
+        ready = select.select([source, console], [], [])[0]
+        if console in ready:
+            data = os.read(console, 65536)
             if not data:
                 return
             sys.stdout.buffer.write(data)
@@ -68,9 +67,14 @@ def _bridge(sock: socket.socket) -> None:
         if source in ready:
             typed = os.read(source, 4096)
             if not typed or ESCAPE in typed:
-                sock.sendall(typed.partition(ESCAPE)[0])
+                _send(console, typed.partition(ESCAPE)[0])
                 return
-            sock.sendall(typed)
+            _send(console, typed)
+
+
+def _send(console: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(console, data):]
 
 
 class GuestCommand(click.Command):

@@ -27,14 +27,19 @@ machine_argument = click.argument("name", shell_complete=complete_machine)
 @click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]),
               help="How CPUs are run (default auto: KVM where it really works).")
 @click.option("--qemu", metavar="PATH", help="The QEMU binary to use.")
+@click.option("--xen", metavar="CONFIG|DOMAIN",
+              help="A domain of Xen: its configuration file for `xl create`, or the name or number "
+                   "of one that runs and goes on as a machine; --disk then says only which backend "
+                   "a disk of it gets.")
 @click.option("--from", "source", metavar="FILE", help="Read all of this from a TOML file.")
 @click.argument("qemu_args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def add_command(ctx: click.Context, /, name: str | None, disks: tuple[str, ...],
-                source: str | None, qemu_args: tuple[str, ...], **options: Any) -> None:
+                xen: str | None, source: str | None, qemu_args: tuple[str, ...],
+                **options: Any) -> None:
     """Register a machine. Further QEMU arguments follow after "--"."""
     from epochs.errors import UsageError
-    from epochs.spec import MachineSpec, from_toml, parse_disk, parse_size
+    from epochs.spec import XEN, MachineSpec, from_toml, parse_disk, parse_size
 
     given = {key: value for key, value in options.items() if value is not None}
     if "memory" in given:
@@ -50,6 +55,17 @@ def add_command(ctx: click.Context, /, name: str | None, disks: tuple[str, ...],
         fields["extra"] = qemu_args
     if not name:
         raise UsageError("the machine needs a name")
+    if xen is not None and (given or source is not None or qemu_args):
+        raise UsageError("--xen goes with --disk only: the configuration says the rest")
+    if xen is not None and "/" not in xen and not Path(xen).exists():
+        with opened(ctx) as store, output.progress(ctx) as progress:
+            machine = store.take_over(name, xen, fields.get("disks", ()), progress)
+            status = machine.status()
+        emit(ctx, status, f"domain '{xen}' goes on as machine '{name}', from epoch "
+             f"{str(status['head'])[:12]}")
+        return
+    if xen is not None:
+        fields |= {"hypervisor": XEN, "config": _configuration(Path(xen)), "memory": 0}
     if "memory" not in fields:
         raise UsageError("the machine needs --memory")
     with opened(ctx) as store, output.progress(ctx) as progress:
@@ -57,6 +73,17 @@ def add_command(ctx: click.Context, /, name: str | None, disks: tuple[str, ...],
         status = machine.status()
     emit(ctx, status, f"machine '{name}' added ({status['accelerator']}, "
          f"{status['machine_type']}); start it with 'epochs start {name}'")
+
+
+def _configuration(path: Path) -> str:
+    from epochs.errors import NotFound, Refused
+
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise NotFound(f"configuration {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"configuration {path} cannot be read: {error}") from error
 
 
 @click.command("start")
@@ -118,7 +145,8 @@ def status_command(ctx: click.Context, name: str) -> None:
         ("state", found["state"] + (f": {found['detail']}" if found["detail"] else "")),
         ("memory", f"{output.size(found['memory'])}, {found['cpus']} CPUs"),
         ("runs as", f"{found['machine_type']}, {found['accelerator']}"
-         + (f", QEMU {found['qemu']}, pid {found['pid']}" if found["pid"] else "")),
+         + (f", QEMU {found['qemu']}, pid {found['pid']}" if found["pid"] else "")
+         + (f", Xen {found['xen']}, domain {found['domid']}" if found["domid"] else "")),
         ("network", found["net"]), ("display", "VGA" if found["vga"] else "none"),
         *(("disk", f"{disk['name']}: {disk['backend']}, {disk['chain']} layers"
            + (f", {output.size(room['free'])} of {output.size(room['total'])} free in "

@@ -14,7 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from epochs.api import Store
-    from epochs.protocol.create import Progress
+    from epochs.hypervisor import Progress
 
 
 def notice(text: str) -> None:

@@ -47,4 +47,5 @@ def export_xen_command(ctx: click.Context, epoch: str, file: Path, force: bool) 
         size = store.export_xen(found, file, force=force)
         emit(ctx, {"epoch": found.id, "file": str(file), "bytes": size},
              f"epoch {found.id[:12]} is in {output.printable(str(file))} "
-             f"({output.size(size)}); 'xl restore' takes it")
+             f"({output.size(size)}); 'xl restore CONFIG FILE' takes it, with disks of that "
+             "very epoch")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,19 +13,18 @@ from blockcow import BlockError, Layer
 from blockcow.source import probe
 from epochs import points
 from epochs.catalog import DiskRecord, JournalRecord, MachineRecord
-from epochs.durable import make_directory, remove_tree, write_file
-from epochs.errors import Failed, HypervisorDied, Refused
-from epochs.processes import boot_id
-from epochs.protocol import launch, mounts, pools, upkeep
-from epochs.protocol.instances import open_monitor, state
+from epochs.durable import make_directory, remove_tree
+from epochs.errors import Refused
+from epochs.hypervisor import Hypervisor, hypervisor
+from epochs.protocol import mounts, pools, upkeep
+from epochs.protocol.instances import state
 from epochs.protocol.journal import operation
 from epochs.protocol.switch import put_off
-from epochs.qemu import agent, binary, command
-from epochs.qemu.process import AGENT_SOCKET
-from epochs.spec import DiskSpec, MachineSpec, check, check_name
+from epochs.qemu import command
+from epochs.spec import DiskSpec, MachineSpec, check_name
 from epochs.store import StoreFiles, new_id
 
-MACHINE_ALIAS = "q35"
+Offered = tuple[DiskSpec, str, blockcow.Source]  # a disk, its backend, and what is there
 STOP_LIMIT = 60.0  # seconds that a guest has to power itself off
 
 
@@ -37,18 +34,12 @@ def add(store: StoreFiles, name: str, spec: MachineSpec,
     check_name(name)
     if store.catalog.find_machine(name) is not None:
         raise Refused(f"there is a machine '{name}' already; choose another name")
-    check(spec)
-    qemu = binary.find(spec.qemu)
+    driver = hypervisor(spec)
+    spec = driver.accept(store, name, spec)
     with store.shared():
-        sources = [(disk, _backend(store, disk, source), source) for disk in spec.disks
-                   for source in (probe(Path(disk.file), disk.format),)]
-        _refuse_shared_disks(store, sources)
-        accel = _accelerator(store, spec, qemu)
-        machine = MachineRecord(new_id(), name, _absolute(spec, sources), time.time(),
-                                binary.machine_type(qemu, MACHINE_ALIAS), "", accel, None)
-        machine = replace(machine, mac=command.mac_address(machine.id))
+        machine, sources = offered(store, driver, name, spec)
         plan = {"machine": machine.id,
-                "layers": [[backend, _new_base(store, disk, backend)]
+                "layers": [[backend, new_base(store, disk, backend)]
                            for disk, backend, _ in sources]}
         with operation(store, "add", machine.id, plan, undo_add) as under_way:
             make_directory(store.machine_dir(machine.id))
@@ -56,7 +47,7 @@ def add(store: StoreFiles, name: str, spec: MachineSpec,
             for (disk, backend, source), (_, layer_id) in zip(sources, plan["layers"],
                                                               strict=True):
                 layers.append(store.backend(backend).adopt(
-                    source, layer_id, _disk_progress(progress, disk, source),
+                    source, layer_id, disk_progress(progress, disk, source),
                     owner=f"{name}/{disk.name}#base"))
             with store.catalog.transaction():
                 for layer in layers:
@@ -69,7 +60,20 @@ def add(store: StoreFiles, name: str, spec: MachineSpec,
     return machine
 
 
-def _disk_progress(progress: Callable[[str, int, int], None] | None, disk: DiskSpec,
+def offered(store: StoreFiles, driver: Hypervisor, name: str, spec: MachineSpec) -> (
+        tuple[MachineRecord, list[Offered]]):
+    """A machine that is recorded nowhere yet, and its disks, looked at. Refused if one cannot be
+    used."""
+    sources = [(disk, _backend(store, driver, disk, source), source) for disk in spec.disks
+               for source in (probe(Path(disk.file), disk.format),)]
+    _refuse_shared_disks(store, sources)
+    accel, machine_type = driver.platform(store, spec)
+    machine = MachineRecord(new_id(), name, _settled(spec, sources), time.time(), machine_type, "",
+                            accel, None)
+    return replace(machine, mac=command.mac_address(machine.id)), sources
+
+
+def disk_progress(progress: Callable[[str, int, int], None] | None, disk: DiskSpec,
                    source: blockcow.Source) -> Callable[[int], None] | None:
     if progress is None:
         return None
@@ -83,9 +87,10 @@ def _disk_progress(progress: Callable[[str, int, int], None] | None, disk: DiskS
     return advance
 
 
-def _backend(store: StoreFiles, disk: DiskSpec, source: blockcow.Source) -> str:
+def _backend(store: StoreFiles, driver: Hypervisor, disk: DiskSpec,
+             source: blockcow.Source) -> str:
     if disk.backend is None:
-        return blockcow.choose(store.layers_dir)
+        return driver.choose_backend(store, disk, source)
     if disk.backend not in (*blockcow.BACKENDS, blockcow.LVM):
         raise Refused(f"disk '{disk.name}': there is no backend '{disk.backend}'; there are "
                       + ", ".join(sorted((*blockcow.BACKENDS, blockcow.LVM))))
@@ -102,7 +107,7 @@ def _backend(store: StoreFiles, disk: DiskSpec, source: blockcow.Source) -> str:
     return found
 
 
-def _new_base(store: StoreFiles, disk: DiskSpec, backend: str) -> str:
+def new_base(store: StoreFiles, disk: DiskSpec, backend: str) -> str:
     """An id for a disk's base layer; Refused if it is not clear in which pool it goes."""
     if backend != "dmthin":
         if disk.pool is not None:
@@ -118,8 +123,7 @@ def _new_base(store: StoreFiles, disk: DiskSpec, backend: str) -> str:
     return store.layer_in_pool(there[0].id)
 
 
-def _refuse_shared_disks(store: StoreFiles,
-                         sources: list[tuple[DiskSpec, str, blockcow.Source]]) -> None:
+def _refuse_shared_disks(store: StoreFiles, sources: list[Offered]) -> None:
     """A store's own files are no disks to add, nor is a volume that a machine writes to itself."""
     written = {layer.signature for layer in store.catalog.layers()
                if layer.backend == "lvm-thick" and layer.backing is None}
@@ -139,42 +143,11 @@ def _refuse_shared_disks(store: StoreFiles,
                           "epoch instead")
 
 
-def _absolute(spec: MachineSpec,
-              sources: list[tuple[DiskSpec, str, blockcow.Source]]) -> MachineSpec:
-    def path(text: str | None) -> str | None:
-        return str(Path(text).resolve()) if text else None
-
-    return replace(spec, kernel=path(spec.kernel), initrd=path(spec.initrd),
-                   disks=tuple(replace(disk, file=str(source.path.resolve()),
-                                       format=source.format, backend=backend)
-                               for disk, backend, source in sources))
-
-
-def _accelerator(store: StoreFiles, spec: MachineSpec, qemu: binary.Qemu) -> str:
-    if spec.accel == "tcg":
-        return "tcg"
-    refusal = _kvm_refusal(store, qemu)
-    if refusal is None:
-        return "kvm"
-    if spec.accel == "kvm":
-        raise Refused(f"KVM does not work here: {refusal}; use --accel tcg")
-    return "tcg"
-
-
-def _kvm_refusal(store: StoreFiles, qemu: binary.Qemu) -> str | None:
-    """The probe's outcome, remembered until the host boots anew or QEMU changes: where KVM does
-    not work it takes its full time limit to say so."""
-    memory = store.path / "kvm-probe.json"
-    key = [boot_id(), qemu.path, qemu.version, os.access("/dev/kvm", os.R_OK | os.W_OK)]
-    try:
-        known = json.loads(memory.read_text())
-        if known["key"] == key:
-            return None if known["refusal"] is None else str(known["refusal"])
-    except (FileNotFoundError, ValueError, KeyError):
-        pass  # not probed yet
-    refusal = binary.kvm_refusal(qemu)
-    write_file(memory, json.dumps({"key": key, "refusal": refusal}).encode())
-    return refusal
+def _settled(spec: MachineSpec, sources: list[Offered]) -> MachineSpec:
+    """With every disk as it was found."""
+    return replace(spec, disks=tuple(
+        replace(disk, file=str(source.path.resolve()), format=source.format, backend=backend)
+        for disk, backend, source in sources))
 
 
 def undo_add(store: StoreFiles, record: JournalRecord) -> None:
@@ -193,7 +166,7 @@ def pull_plug(store: StoreFiles, machine: MachineRecord) -> None:
     """End the hypervisor's process at once, whatever it is in the middle of."""
     instance = store.catalog.instance_of(machine.id)
     if instance is not None:
-        launch.end_processes(store, instance.id)
+        hypervisor(machine.spec).end(store, instance.id)
 
 
 def stop(store: StoreFiles, machine: MachineRecord, *, kill: bool = False,
@@ -206,38 +179,8 @@ def stop(store: StoreFiles, machine: MachineRecord, *, kill: bool = False,
     if found.instance is None:
         raise Refused(f"machine '{machine.name}' is off already")
     if found.alive and found.word != "off" and not kill:
-        _power_down(store, machine, limit)
+        hypervisor(machine.spec).power_off(store, machine, found.instance, limit)
     put_off(store, machine)
-
-
-def _power_down(store: StoreFiles, machine: MachineRecord, limit: float) -> None:
-    instance = store.catalog.instance_of(machine.id)
-    if instance is None:
-        return
-    with open_monitor(store, instance) as monitor:
-        events = monitor.listen("SHUTDOWN")
-        try:
-            if monitor.status() == "paused":
-                monitor.execute("cont")  # a paused guest cannot shut itself down
-            try:
-                with agent.Agent(store.instance_dir(instance.id) / AGENT_SOCKET, 5.0) as guest:
-                    guest.shutdown()
-            except (agent.AgentSilent, OSError):
-                monitor.execute("system_powerdown")
-            try:
-                monitor.wait_event(events, limit)
-                # The event comes before QEMU has flushed the disks; its next answer after that.
-                monitor.status()
-            except TimeoutError:
-                raise Failed(f"the guest of '{machine.name}' did not power off within "
-                             f"{limit:.0f} s; 'epochs stop --kill {machine.name}' pulls the plug"
-                             ) from None
-        except HypervisorDied:
-            if instance.process.alive():
-                raise
-            # else gone is what was asked for
-        finally:
-            monitor.forget(events)
 
 
 @dataclass(frozen=True)
@@ -314,11 +257,14 @@ def describe(store: StoreFiles, machine: MachineRecord) -> dict[str, Any]:
         "memory": machine.spec.memory,
         "cpus": machine.spec.cpus, "accelerator": machine.accel,
         "machine_type": machine.machine_type, "net": machine.spec.net, "vga": machine.spec.vga,
-        "pid": instance.process.pid if instance and found.alive else None,
-        "qemu": instance.compatibility["qemu"] if instance else None,
+        "pid": None, "domid": None,
+        "hypervisor": machine.spec.hypervisor,
+        "qemu": instance.compatibility.get("qemu") if instance else None,
+        "xen": instance.compatibility.get("xen") if instance else None,
+        **(hypervisor(machine.spec).describe(instance) if instance and found.alive else {}),
         "started": instance.started if instance else None,
         "created": machine.created,
-        "console_log": str(store.console_log(machine.id)),
+        "console_log": str(hypervisor(machine.spec).console_log(store, machine)),
         "disks": [{"name": disk.name, "backend": disk.backend, "room": _room(store, disk),
                    "chain": len(store.catalog.chain(disk.active or disk.base))}
                   for disk in store.catalog.disks(machine.id)],

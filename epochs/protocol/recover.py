@@ -18,7 +18,7 @@ from epochs.processes import ProcessId
 from epochs.protocol import create, lifecycle, mounts, pools, switch, upkeep
 from epochs.protocol.journal import under_way_here
 from epochs.store import StoreFiles
-from epochs.xen import images
+from epochs.xen import images, takeover
 from memsave.errors import MemsaveError
 
 UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
@@ -32,6 +32,7 @@ UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
     "consolidate": upkeep.undo_consolidate,
     "import-xen": images.undo_import,
     "export-xen": images.undo_export,
+    "take-over": takeover.undo,
     "mount": mounts.undo_mount,
     "umount": mounts.undo_mount,
     "view": mounts.undo_mount,

@@ -24,12 +24,20 @@ from epochs.catalog import (
 )
 from epochs.durable import make_directory, remove_tree
 from epochs.errors import HypervisorDied, Refused
+from epochs.hypervisor import (
+    RUNNING,
+    Progress,
+    Ready,
+    Target,
+    hypervisor,
+    hypervisor_named,
+    no_progress,
+)
 from epochs.protocol import create as creation
 from epochs.protocol import launch, upkeep, verify
-from epochs.protocol.instances import RUNNING, open_monitor, state
+from epochs.protocol.instances import state
 from epochs.protocol.journal import operation
-from epochs.protocol.launch import Ready, Target
-from epochs.spec import XEN, check_name
+from epochs.spec import check_name
 from epochs.store import StoreFiles, new_id
 
 SPAWNERS = 4  # instances launched at once; QEMU's start is part computing, part waiting
@@ -44,8 +52,7 @@ def start(store: StoreFiles, machine: MachineRecord) -> str:
     if found.word == RUNNING:
         raise Refused(f"machine '{machine.name}' is running already")
     if found.alive and found.instance is not None:
-        with open_monitor(store, found.instance) as monitor:
-            monitor.execute("cont")
+        hypervisor(machine.spec).go_on(store, found.instance)
         return "resumed"
     with store.shared():
         disks = store.catalog.disks(machine.id)
@@ -53,26 +60,27 @@ def start(store: StoreFiles, machine: MachineRecord) -> str:
         if found.instance is not None:
             # The old process (dead, or a powered-off guest's) still has the disks open.
             put_off(store, machine)
-        plan = _plan([target], disks, running=True,
+        plan = _plan([target], disks, kind=machine.spec.hypervisor, running=True,
                      kept=[disk.active for disk in disks if disk.active])
         for disk in disks:  # what cannot be undone now is better not begun
             store.backend(disk.backend).check(store.catalog.layer(disk.base), full=False)
         with operation(store, "start", machine.id, plan, undo) as under_way:
             points.hit("start.intended")
             ready = launch.launch(store, machine, disks, target, None)
-            with ready.monitor:
+            with ready:
                 points.hit("start.launched")
                 with store.catalog.transaction():
                     _put(store, [ready])
                     under_way.phase("switched")
                 points.hit("start.committed")
-                ready.monitor.execute("cont")
+                hypervisor(machine.spec).alone(store, machine, target.instance)
+                ready.go_on()
             under_way.end()
     return "started"
 
 
 def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, keep: bool,
-             progress: creation.Progress = creation.no_progress) -> dict[str, Any]:
+             progress: Progress = no_progress) -> dict[str, Any]:
     """Put the machine back to ``epoch``; ``keep`` first seals its present state as an epoch.
 
     The caller holds the machine's lock. Returns {"kept": id or None, "seconds": …, "steps": …}.
@@ -95,28 +103,31 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
             machine = store.catalog.machine(machine.name)
             disks = store.catalog.disks(machine.id)
         began = time.perf_counter()
+        driver = hypervisor(machine.spec)
         target = launch.new_target(store, machine.id, disks, cold=False)
         old = store.catalog.instance_of(machine.id)
-        plan = _plan([target], disks, running=running, old=old.id if old else None,
+        plan = _plan([target], disks, kind=machine.spec.hypervisor, running=running,
+                     old=old.id if old else None,
                      old_layers=[disk.active for disk in disks if disk.active])
         with operation(store, "rollback", machine.id, plan, undo) as under_way:
             points.hit("rollback.intended")
             ready = launch.launch(store, machine, disks, target, epoch)
-            with ready.monitor:
+            with ready:
                 points.hit("rollback.prepared")
-                with _ready_to_take_over(store, ready, disks, old, running), \
+                with _ready_to_take_over(store, machine, ready, disks, old, running), \
                         store.catalog.transaction():
                     _put(store, [ready])
                     store.catalog.set_head(machine.id, epoch.id)
                     under_way.phase("switched")
                 points.hit("rollback.switched")
                 if old is not None:
-                    launch.end_processes(store, old.id)
+                    driver.end(store, old.id)
                 points.hit("rollback.old-gone")
                 _take_over(store, [target])
+                driver.alone(store, machine, target.instance)
                 points.hit("rollback.taken-over")
                 if running:
-                    ready.monitor.execute("cont")
+                    ready.go_on()
                 seconds = time.perf_counter() - began
             points.hit("rollback.resumed")
             _finish(store, under_way.record)
@@ -155,9 +166,6 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
             raise Refused(f"there is a machine '{name}' already; choose another name")
     with store.shared():
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
-        if epoch.spec.hypervisor == XEN:
-            raise Refused(f"epoch {epoch.id[:12]} is of a Xen domain and cannot be forked here; "
-                          f"'epochs export-xen {epoch.id[:12]} FILE' writes it for 'xl restore'")
         verify.before_use(store, epoch)
         _refuse_forks(store, epoch)
         now = time.time()
@@ -166,12 +174,13 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
                             store.catalog.chain(layer)[-1].id, None)
                  for disk, layer in store.catalog.epoch_layers(epoch.id).items()]
         machines = [
-            MachineRecord(new_id(), name, epoch.spec, now, epoch.compatibility["machine_type"],
-                          _mac(epoch, source), epoch.compatibility["accelerator"], epoch.id)
+            hypervisor(epoch.spec).forked(
+                MachineRecord(new_id(), name, epoch.spec, now, "", "", "", epoch.id), epoch,
+                source)
             for name in names]
         targets = [launch.new_target(store, m.id, disks, cold=False) for m in machines]
-        with operation(store, "fork", None, _plan(targets, disks, running=not paused),
-                       undo) as under_way:
+        plan = _plan(targets, disks, kind=epoch.spec.hypervisor, running=not paused)
+        with operation(store, "fork", None, plan, undo) as under_way:
             points.hit("fork.intended")
             for machine in machines:
                 make_directory(store.machine_dir(machine.id))
@@ -184,13 +193,14 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
                     _put(store, launched)
                     under_way.phase("switched")
                 points.hit("fork.committed")
-                if not paused:
-                    for ready in launched:
-                        ready.monitor.execute("cont")
+                for machine, ready in zip(machines, launched, strict=True):
+                    hypervisor(epoch.spec).alone(store, machine, ready.record.id)
+                    if not paused:
+                        ready.go_on()
                 points.hit("fork.resumed")
             finally:
                 for ready in launched:
-                    ready.monitor.close()
+                    ready.close()
             under_way.end()
     return machines
 
@@ -204,43 +214,34 @@ def _refuse_forks(store: StoreFiles, epoch: EpochRecord) -> None:
                           + reason)
 
 
-def _mac(epoch: EpochRecord, source: MachineRecord | None) -> str:
-    """The MAC that the epoch's memory remembers (the device list records it)."""
-    for device in epoch.compatibility["devices"]:
-        for option in device.split(","):
-            if option.startswith("mac="):
-                return str(option[4:])
-    return source.mac if source else "52:54:00:00:00:00"  # a machine without network
-
-
 def _launch_all(store: StoreFiles, machines: list[MachineRecord], disks: list[DiskRecord],
                 targets: list[Target], epoch: EpochRecord) -> list[Ready]:
     """Launch several instances side by side; on failure the ready ones are closed again."""
     def one(machine: MachineRecord, target: Target) -> Ready:
         own = StoreFiles(store.path, store.notice)  # SQLite connections stay in their thread
         try:
-            return launch.launch(own, machine, disks, target, epoch)
+            return launch.launch(own, machine, disks, target, epoch, fork=True)
         finally:
             own.close()
 
     if len(machines) == 1:
-        return [launch.launch(store, machines[0], disks, targets[0], epoch)]
+        return [launch.launch(store, machines[0], disks, targets[0], epoch, fork=True)]
     with ThreadPoolExecutor(SPAWNERS) as pool:
         futures = [pool.submit(one, *pair) for pair in zip(machines, targets, strict=True)]
     failures = [error for future in futures if (error := future.exception())]
     if failures:
         for future in futures:
             if future.exception() is None:
-                future.result().monitor.close()
+                future.result().close()
         raise failures[0]
     return [future.result() for future in futures]
 
 
-def _plan(targets: Iterable[Target], disks: list[DiskRecord], *, running: bool,
+def _plan(targets: Iterable[Target], disks: list[DiskRecord], *, kind: str, running: bool,
           old: str | None = None, old_layers: Iterable[str] = (),
           kept: Iterable[str] = ()) -> dict[str, Any]:
     """``kept``: active layers that a cold start goes on with."""
-    return {"targets": [target.to_plan() for target in targets],
+    return {"targets": [target.to_plan() for target in targets], "hypervisor": kind,
             "backends": {disk.name: disk.backend for disk in disks}, "running": running,
             "old": old, "old_layers": list(old_layers), "kept": list(kept)}
 
@@ -259,14 +260,17 @@ def _put(store: StoreFiles, instances: list[Ready]) -> None:
 def undo(store: StoreFiles, record: JournalRecord) -> None:
     """Before the switch: remove what was launched. After it: finish the switch."""
     targets = [Target.from_plan(plan) for plan in record.plan["targets"]]
+    driver = hypervisor_named(record.plan["hypervisor"])
     if record.phase == "switched":
         if record.plan["old"]:
-            launch.end_processes(store, record.plan["old"])
+            driver.end(store, record.plan["old"])
         points.hit("undo-switch.processes-gone")
         try:
             _take_over(store, targets)
         except LayerDamaged as error:
             _give_up(store, targets, error)
+        for target in targets:
+            _alone(store, target.machine, target.instance)
         if record.plan["running"]:
             for target in targets:
                 _go_on(store, target)
@@ -276,9 +280,11 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
             store.backend(backend).takes_over for backend in record.plan["backends"].values()):
         _let_go_on(store, record.machine or "", record.plan["old"])
     for target in targets:
-        launch.undo(store, target, record.plan["backends"])
+        launch.undo(store, driver, target, record.plan["backends"])
         if store.catalog.machine_by_id(target.machine) is None:
             remove_tree(store.machine_dir(target.machine))
+    if record.plan["old"]:
+        _alone(store, record.machine or "", record.plan["old"])
     upkeep.deactivate(store, record.plan["kept"])
     points.hit("undo-switch.files-gone")
     with store.catalog.transaction():
@@ -302,18 +308,18 @@ def _take_over(store: StoreFiles, targets: Iterable[Target]) -> None:
 
 
 @contextmanager
-def _ready_to_take_over(store: StoreFiles, ready: Ready, disks: list[DiskRecord],
-                        old: InstanceRecord | None, running: bool) -> Iterator[None]:
+def _ready_to_take_over(store: StoreFiles, machine: MachineRecord, ready: Ready,
+                        disks: list[DiskRecord], old: InstanceRecord | None,
+                        running: bool) -> Iterator[None]:
     """Where the new instance will take a disk's only place: the old guest stands still, and whether
     that can be done is looked at once more. If the switch does not come, it goes on."""
     backends = {disk.name: store.backend(disk.backend) for disk in disks}
     if not any(backend.takes_over for backend in backends.values()):
         yield
         return
-    held = old is not None and running and old.process.alive()
+    held = old is not None and running and state(store, machine).alive
     if held and old is not None:
-        with open_monitor(store, old) as monitor:
-            monitor.execute("stop")
+        hypervisor(machine.spec).hold(store, old)
     try:
         for name, layer in ready.layers.items():
             below = store.catalog.chain(layer.backing) if layer.backing else []
@@ -329,14 +335,15 @@ def _give_up(store: StoreFiles, targets: Iterable[Target], error: LayerDamaged) 
     """What a disk was to go back to was lost after the switch, and the machine must not stay stuck:
     it is off, with its disks as they are now."""
     for target in targets:
-        launch.end_processes(store, target.instance)
+        machine = store.catalog.machine_by_id(target.machine)
+        if machine is not None:
+            hypervisor(machine.spec).end(store, target.instance)
         for layer_id in target.layers.values():
             chain = store.catalog.chain(layer_id)
             if not store.backend(chain[0].backend).takes_over:
                 continue  # its own place is whole: only the other disk's was lost
             with store.catalog.transaction():
                 store.catalog.put_layer(replace(chain[0], backing=chain[-1].id))
-        machine = store.catalog.machine_by_id(target.machine)
         if machine is not None:
             put_off(store, machine)
             store.notice(f"machine '{machine.name}' is off, and its disks may be a mixture of two "
@@ -352,14 +359,23 @@ def _let_go_on(store: StoreFiles, machine_id: str, instance_id: str) -> None:
     instance = store.catalog.instance_of(machine_id)
     if instance is None or instance.id != instance_id:
         return  # stopped or replaced since
+    machine = store.catalog.machine_by_id(machine_id)
+    if machine is None:
+        return
     try:
-        with open_monitor(store, instance) as monitor:
-            if monitor.status() in ("paused", "prelaunch", "postmigrate"):
-                monitor.execute("cont")
+        hypervisor(machine.spec).go_on(store, instance, only_held=True)
     except HypervisorDied:
-        if instance.process.alive():
+        if state(store, machine).alive:
             raise
         # else reported as died by whatever looks at the machine next
+
+
+def _alone(store: StoreFiles, machine_id: str, instance_id: str) -> None:
+    """What :meth:`epochs.hypervisor.Hypervisor.alone` does, if it is still the machine's."""
+    machine = store.catalog.machine_by_id(machine_id)
+    instance = store.catalog.instance_of(machine_id)
+    if machine is not None and instance is not None and instance.id == instance_id:
+        hypervisor(machine.spec).alone(store, machine, instance_id)
 
 
 def _finish(store: StoreFiles, record: JournalRecord) -> None:
@@ -378,7 +394,7 @@ def put_off(store: StoreFiles, machine: MachineRecord) -> None:
     instance = store.catalog.instance_of(machine.id)
     if instance is None:
         return
-    launch.end_processes(store, instance.id)
+    hypervisor(machine.spec).end(store, instance.id)
     with store.catalog.transaction():
         store.catalog.remove_instance(instance.id)
     remove_tree(store.instance_dir(instance.id))

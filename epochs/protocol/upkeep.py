@@ -17,7 +17,7 @@ from epochs import points
 from epochs.catalog import JournalRecord, MachineRecord
 from epochs.durable import remove_tree
 from epochs.errors import EpochsError, HypervisorDied
-from epochs.protocol.instances import open_monitor
+from epochs.hypervisor import hypervisor
 from epochs.protocol.journal import operation
 from epochs.qemu import command
 from epochs.store import StoreFiles
@@ -96,15 +96,16 @@ def try_shorten_chains(store: StoreFiles, machine: MachineRecord) -> None:
 
 
 def _read_through(store: StoreFiles, machine_id: str, active_id: str) -> None:
-    instance = store.catalog.instance_of(machine_id)
-    if instance is None:
+    machine, instance = (store.catalog.machine_by_id(machine_id),
+                         store.catalog.instance_of(machine_id))
+    if machine is None or instance is None:
         return
     active, *below = store.catalog.chain(active_id)
     with operation(store, "rebacking", machine_id, {"layer": active.id},
                    undo_rebacking) as under_way:
         try:
-            with open_monitor(store, instance) as monitor:
-                store.backend(active.backend).rebacking(monitor, active,
+            with hypervisor(machine.spec).live(store, instance) as live:
+                store.backend(active.backend).rebacking(live, active,
                                                         command.disk_node(active.id), below)
         except HypervisorDied:
             pass  # its next start opens the short chain

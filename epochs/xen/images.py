@@ -10,11 +10,12 @@ from typing import Any
 
 import memsave
 from epochs import points
-from epochs.catalog import EpochRecord, JournalRecord
+from epochs.catalog import EpochRecord, JournalRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree, sync_directory
 from epochs.errors import Failed, NotFound, Refused
+from epochs.hypervisor import Progress, no_progress
 from epochs.protocol import verify
-from epochs.protocol.create import Progress, checksum, no_progress
+from epochs.protocol.create import checksum, memory_figures
 from epochs.protocol.journal import operation
 from epochs.spec import XEN, MachineSpec, check_name
 from epochs.store import StoreFiles, new_id
@@ -47,51 +48,55 @@ def import_file(store: StoreFiles, path: Path, *, name: str | None = None, messa
                 check_name(name or config.name)
                 state = State.of(domain, saved.config, saved.libxl)
                 written = domain.write_image(None, packs, plan["pack"])
-                image = written.image
                 signature = packs.signature(plan["pack"]) if written.pack_id else None
-                version = "{}.{}".format(*domain.version)
+                version = domain.version
             progress("writing", 2, 2)
             points.hit("import-xen.memory-written")
-            state.save(store.state_file(plan["epoch"]))
-            image.save(store.map_file(plan["epoch"]))
-            sync_directory(store.epoch_dir(plan["epoch"]).parent)
-            map_bytes = store.map_file(plan["epoch"]).read_bytes()
-            state_bytes = store.state_file(plan["epoch"]).read_bytes()
-            epoch = EpochRecord(
-                id=plan["epoch"], machine=new_id(), machine_name=name or config.name, parent=None,
-                created=time.time(), message=message,
-                spec=MachineSpec(memory=config.memory, cpus=config.cpus, net="none",
-                                 hypervisor=XEN),
-                compatibility=compatibility(config, version),
-                map_checksum=checksum(map_bytes), state_checksum=checksum(state_bytes),
-                state_size=len(state_bytes), thumbnail=False, stats={
-                    **figures(written, image), "map_bytes": len(map_bytes),
-                    "state_bytes": len(state_bytes),
-                    "total_seconds": time.perf_counter() - began})
+            epoch = written_epoch(
+                store, plan["epoch"], state, written, compatibility(config, version),
+                MachineRecord(new_id(), name or config.name, MachineSpec(
+                    memory=config.memory, cpus=config.cpus, net="none", hypervisor=XEN),
+                    time.time(), "", "", XEN, None), message,
+                {**NO_PAUSE, "total_seconds": time.perf_counter() - began})
             with store.catalog.transaction():
                 if signature is not None:
                     store.catalog.add_pack(plan["pack"], signature)
-                store.catalog.add_epoch(epoch, layers, image.packs)
+                store.catalog.add_epoch(epoch, layers, written.image.packs)
                 under_way.end()
     return epoch
 
 
-def compatibility(config: DomainConfig, version: str) -> dict[str, Any]:
+def compatibility(config: DomainConfig, version: tuple[int, int]) -> dict[str, Any]:
     """What a Xen host must offer, under the names of docs/json.md."""
-    return {"hypervisor": XEN, "xen": version, "guest": config.kind, "cpus": config.cpus,
-            "memory": config.memory, "page_size": memsave.PAGE}
+    return {"hypervisor": XEN, "xen": "{}.{}".format(*version), "guest": config.kind,
+            "cpus": config.cpus, "memory": config.memory, "page_size": memsave.PAGE}
 
 
-def figures(written: memsave.WriteResult, image: memsave.Image) -> dict[str, Any]:
-    """What was measured, under the names of docs/json.md; a stream has no pause of ours."""
-    return {
-        "pause_seconds": 0.0, "pause_steps": {}, "short_stops_seconds": [],
-        "pages_new": written.new_pages, "pages_changed": written.changed_pages,
-        "pages_zero": written.zero_pages, "pages_folded": written.folded_pages,
-        "pages_sealed_in_pause": 0, "pages_precopied": 0, "pages_resident": image.resident,
-        "pack_bytes": written.bytes_written, "flat": written.flat, "disk_bytes": {},
-        "tracking": "stream",
-    }
+# Of a file, under the names of docs/json.md.
+NO_PAUSE = {
+    "pause_seconds": 0.0, "pause_steps": {}, "short_stops_seconds": [], "pages_sealed_in_pause": 0,
+    "pages_precopied": 0, "disk_bytes": {}, "tracking": "stream",
+}
+
+
+def written_epoch(store: StoreFiles, epoch_id: str, state: State, written: memsave.WriteResult,
+                  compatible: dict[str, Any], machine: MachineRecord, message: str,
+                  stats: dict[str, Any]) -> EpochRecord:
+    """Write an epoch's files durably into its directory, which is there, beside the pack that is
+    written already; returns its row, without a parent, recorded nowhere yet."""
+    state.save(store.state_file(epoch_id))
+    written.image.save(store.map_file(epoch_id))
+    sync_directory(store.epoch_dir(epoch_id))
+    sync_directory(store.epoch_dir(epoch_id).parent)
+    map_bytes = store.map_file(epoch_id).read_bytes()
+    state_bytes = store.state_file(epoch_id).read_bytes()
+    return EpochRecord(
+        id=epoch_id, machine=machine.id, machine_name=machine.name, parent=None,
+        created=time.time(), message=message, spec=machine.spec, compatibility=compatible,
+        map_checksum=checksum(map_bytes), state_checksum=checksum(state_bytes),
+        state_size=len(state_bytes), thumbnail=False,
+        stats={**memory_figures(written), **stats, "map_bytes": len(map_bytes),
+               "state_bytes": len(state_bytes)})
 
 
 def _layer(store: StoreFiles, epoch_id: str, disk: str) -> str:

@@ -28,7 +28,8 @@
 enum {
     FEW = 64,       /* changed pages that are sent in the pause without regret */
     ROUNDS = 6,     /* of sending what changed meanwhile, at most */
-    HANDLES = 64    /* domains asked for at a time */
+    HANDLES = 64,   /* domains asked for at a time */
+    LOOK = 500      /* milliseconds after which a domain is looked at without an event */
 };
 #define TOKEN "epochs"
 
@@ -39,12 +40,14 @@ struct ms_host {
     xencall_handle *call;
     char why[256];
     double asked;
+    uint64_t precopied;
+    int taken; /* the last save found its domain suspended by another program */
 };
 
 struct save {
     ms_host *host;
     uint32_t domid;
-    int held, timeout;
+    int stance, timeout;
     ms_suspended then;
     void *data;
     long before; /* pages that had changed when last asked, -1: not asked yet */
@@ -124,6 +127,16 @@ double ms_host_asked(ms_host *host)
     return host->asked;
 }
 
+uint64_t ms_host_precopied(ms_host *host)
+{
+    return host->precopied;
+}
+
+int ms_host_taken(ms_host *host)
+{
+    return host->taken;
+}
+
 static void fill(ms_domain *out, const xc_domaininfo_t *info)
 {
     *out = (ms_domain){
@@ -198,32 +211,34 @@ static int withdraw(ms_host *host, const char *path)
     }
 }
 
-/* Asks the guest to suspend itself and waits for it; xenstored says when a domain's state changed. */
-static int suspend_guest(struct save *save)
+/* Waits for xenstored to say that some domain's state changed, at most so many milliseconds, and not
+ * for long: it tells of no domain twice that it was not told of as going on. */
+static void next_event(ms_host *host, int64_t limit)
 {
-    ms_host *host = save->host;
+    struct pollfd ready = {xs_fileno(host->store), POLLIN, 0};
+    unsigned n;
+    if (poll(&ready, 1, (int)(limit < LOOK ? limit : LOOK)) > 0)
+        free(xs_read_watch(host->store, &n));
+}
+
+/* Waits until a guest that was asked to has suspended itself; xenstored says when a domain's state
+ * changed. A guest that has not begun within so many milliseconds has the request taken back. */
+static int await_suspended(ms_host *host, uint32_t domid, const char *path, int timeout)
+{
     xc_domaininfo_t info;
-    char path[64];
-    int64_t until = milliseconds() + save->timeout;
+    int64_t until = milliseconds() + timeout;
     int result = -1, withdrawn = 0;
-    snprintf(path, sizeof path, "/local/domain/%u/control/shutdown", save->domid);
-    if (!xs_watch(host->store, "@releaseDomain", TOKEN))
-        return fail(host, "xenstored cannot be watched");
-    if (!xs_write(host->store, XBT_NULL, path, "suspend", 7)) {
-        fail(host, "the guest cannot be asked to suspend itself");
-        goto out;
-    }
     for (;;) {
-        struct pollfd ready = {xs_fileno(host->store), POLLIN, 0};
-        unsigned n;
-        if (look(host, save->domid, &info))
+        if (look(host, domid, &info))
             break;
         if (is_suspended(&info)) {
             result = 0;
             break;
         }
         if (info.flags & XEN_DOMINF_shutdown) {
-            snprintf(host->why, sizeof host->why, "the guest shut itself down");
+            snprintf(host->why, sizeof host->why, "the guest shut itself down (reason %u)",
+                     (unsigned)(info.flags >> XEN_DOMINF_shutdownshift &
+                                XEN_DOMINF_shutdownmask));
             break;
         }
         int64_t left = until - milliseconds();
@@ -234,7 +249,7 @@ static int suspend_guest(struct save *save)
                          "request (no Xen drivers in it, or it hangs)");
                 break;
             }
-            until += save->timeout; /* it has begun */
+            until += timeout; /* it has begun */
             continue;
         }
         if (left <= 0) {
@@ -242,14 +257,85 @@ static int suspend_guest(struct save *save)
                      "get there");
             break;
         }
-        if (poll(&ready, 1, (int)left) > 0) {
-            char **event = xs_read_watch(host->store, &n);
-            free(event);
-        }
+        next_event(host, left);
     }
-out:
+    return result;
+}
+
+static void request_path(char *path, size_t room, uint32_t domid)
+{
+    snprintf(path, room, "/local/domain/%u/control/shutdown", domid);
+}
+
+/* One that a command holds goes on for as long as it takes to suspend itself. */
+static int suspend_guest(struct save *save)
+{
+    ms_host *host = save->host;
+    xc_domaininfo_t info;
+    char path[64];
+    int result = -1;
+    request_path(path, sizeof path, save->domid);
+    if (look(host, save->domid, &info))
+        return -1;
+    if (info.flags & XEN_DOMINF_shutdown) { /* what suspended it will resume it, at its own time */
+        snprintf(host->why, sizeof host->why, "the domain was suspended or shut down meanwhile");
+        save->host->taken = 1;
+        return -1;
+    }
+    if (!xs_watch(host->store, "@releaseDomain", TOKEN))
+        return fail(host, "xenstored cannot be watched");
+    if (!xs_write(host->store, XBT_NULL, path, "suspend", 7))
+        fail(host, "the guest cannot be asked to suspend itself");
+    else if (save->stance == MS_XEN_PAUSED && xc_domain_unpause(host->xc, save->domid))
+        fail(host, "the domain cannot be unpaused");
+    else
+        result = await_suspended(host, save->domid, path, save->timeout);
+    if (save->stance == MS_XEN_PAUSED && ms_domain_pause(host, save->domid))
+        result = -1;
     xs_unwatch(host->store, "@releaseDomain", TOKEN);
     return result;
+}
+
+/* Whether Xen can tell which pages a domain writes to: of a PV one only if it was built with shadow
+ * page tables, which Debian's is not. */
+static int can_track(ms_host *host, uint32_t domid)
+{
+    xc_domaininfo_t info;
+    xc_physinfo_t machine = {0};
+    if (look(host, domid, &info))
+        return -1;
+    if (info.flags & XEN_DOMINF_hvm_guest)
+        return 1;
+    if (xc_physinfo(host->xc, &machine))
+        return fail(host, "what Xen can do cannot be asked for");
+    return !!(machine.capabilities & XEN_SYSCTL_PHYSCAP_shadow);
+}
+
+/*
+ * A domain that a killed save may have left anyhow: asked to suspend itself, on its way there, or
+ * tracked. timeout: milliseconds that one has which has taken the request; one that had its pause
+ * already does not suspend itself, and nothing tells the two apart.
+ */
+int ms_domain_settle(ms_host *host, uint32_t domid, int timeout)
+{
+    xc_domaininfo_t info;
+    char path[64];
+    host->why[0] = 0;
+    request_path(path, sizeof path, domid);
+    if (!xs_watch(host->store, "@releaseDomain", TOKEN))
+        return fail(host, "xenstored cannot be watched");
+    int result = look(host, domid, &info);
+    if (!result && !is_suspended(&info) && withdraw(host, path)) {
+        int64_t until = milliseconds() + timeout, left;
+        while (!(result = look(host, domid, &info)) && !is_suspended(&info) &&
+               (left = until - milliseconds()) > 0)
+            next_event(host, left);
+    }
+    xs_unwatch(host->store, "@releaseDomain", TOKEN);
+    int tracks = result ? result : can_track(host, domid);
+    if (tracks > 0)
+        xc_shadow_control(host->xc, domid, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0);
+    return tracks < 0 ? tracks : 0;
 }
 
 /*
@@ -260,6 +346,13 @@ out:
 static int suspend_as_it_stands(struct save *save)
 {
     ms_host *host = save->host;
+    xc_domaininfo_t info;
+    if (look(host, save->domid, &info))
+        return -1;
+    if (!(info.flags & XEN_DOMINF_paused) || info.cpu_time) {
+        snprintf(host->why, sizeof host->why, "the domain began to run meanwhile");
+        return -1;
+    }
     if (xc_domain_shutdown(host->xc, save->domid, SHUTDOWN_suspend))
         return fail(host, "the domain cannot be marked as suspended");
     return 0;
@@ -288,17 +381,20 @@ static int suspend(void *data)
 {
     struct save *save = data;
     struct timespec now;
+    if (save->then(save->data, 0))
+        return 0;
     clock_gettime(CLOCK_MONOTONIC, &now);
     save->host->asked = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
-    if (save->held ? suspend_as_it_stands(save) : suspend_guest(save))
+    if (save->stance == MS_XEN_FRESH ? suspend_as_it_stands(save) : suspend_guest(save))
         return 0;
-    return save->then(save->data) == 0;
+    return save->then(save->data, 1) == 0;
 }
 
 /* Go on sending while it gets less; what is left then is sent in the pause. */
 static int policy(struct precopy_stats stats, void *data)
 {
     struct save *save = data;
+    save->host->precopied = stats.total_written;
     if (stats.dirty_count < 0 || stats.iteration == 0)
         return XGS_POLICY_CONTINUE_PRECOPY;
     int enough = stats.dirty_count < FEW || stats.iteration >= ROUNDS ||
@@ -313,38 +409,26 @@ static int no_device_model(uint32_t domid, unsigned enable, void *data)
     return 0;
 }
 
-/* Whether Xen can tell which pages a domain writes to: of a PV one only if it was built with shadow
- * page tables, which Debian's is not. */
-static int can_track(ms_host *host, uint32_t domid)
-{
-    xc_domaininfo_t info;
-    xc_physinfo_t machine = {0};
-    if (look(host, domid, &info))
-        return -1;
-    if (info.flags & XEN_DOMINF_hvm_guest)
-        return 1;
-    if (xc_physinfo(host->xc, &machine))
-        return fail(host, "what Xen can do cannot be asked for");
-    return !!(machine.capabilities & XEN_SYSCTL_PHYSCAP_shadow);
-}
-
 /*
  * Writes a domain's stream to fd. It is suspended when `then` is called, and stays so: the caller
- * resumes it, whatever came out. Where Xen cannot track it, it is suspended from the beginning. held: it never ran since it was restored, and is saved as it stands.
- * timeout: milliseconds that the guest has to suspend itself.
+ * resumes it, whatever came out. Where Xen cannot track it, it is suspended from the beginning. One
+ * that never ran since it was restored is saved as it stands. timeout: milliseconds that the guest has
+ * to suspend itself.
  */
-int ms_domain_save(ms_host *host, uint32_t domid, int fd, int held, int timeout, ms_suspended then,
-                   void *data)
+int ms_domain_save(ms_host *host, uint32_t domid, int fd, int stance, int timeout,
+                   ms_suspended then, void *data)
 {
-    struct save save = {host, domid, held, timeout, then, data, -1};
+    struct save save = {host, domid, stance, timeout, then, data, -1};
     struct save_callbacks callbacks = {
         .suspend = suspend, .precopy_policy = policy, .switch_qemu_logdirty = no_device_model,
         .data = &save,
     };
     host->why[0] = 0;
-    if (held && mend_p2m(host, domid))
+    host->precopied = 0;
+    host->taken = 0;
+    if (stance == MS_XEN_FRESH && mend_p2m(host, domid))
         return -1;
-    int live = held ? 0 : can_track(host, domid);
+    int live = stance == MS_XEN_RUNS ? can_track(host, domid) : 0;
     if (live < 0)
         return -1;
     if (xc_domain_save(host->xc, fd, domid, live ? XCFLAGS_LIVE : 0, &callbacks, XC_STREAM_PLAIN,
@@ -366,18 +450,61 @@ static int unmark(ms_host *host, uint32_t domid)
     return code ? fail(host, "the domain cannot be resumed") : 0;
 }
 
-/* Lets a suspended domain go on as if the suspend had been cancelled: its devices stay connected. */
-int ms_domain_resume(ms_host *host, uint32_t domid, int held)
+/* Lets a suspended domain go on as if the suspend had been cancelled: its devices stay connected. If
+ * it goes on already, xenstored may not have been told. */
+int ms_domain_resume(ms_host *host, uint32_t domid, int fresh)
 {
     xc_domaininfo_t info;
     host->why[0] = 0;
     if (look(host, domid, &info))
         return -1;
-    if (!is_suspended(&info))
+    if (info.flags & XEN_DOMINF_shutdown && !is_suspended(&info))
         return 0;
-    if (held ? unmark(host, domid) : xc_domain_resume(host->xc, domid, 1))
+    if (is_suspended(&info) && (fresh ? unmark(host, domid) : xc_domain_resume(host->xc, domid, 1)))
         return fail(host, "the domain cannot be resumed");
     if (!xs_resume_domain(host->store, domid))
         return fail(host, "xenstored cannot be told that the domain goes on");
+    return 0;
+}
+
+int ms_domain_pause(ms_host *host, uint32_t domid)
+{
+    return xc_domain_pause(host->xc, domid) ? fail(host, "the domain cannot be paused") : 0;
+}
+
+int ms_domain_unpause(ms_host *host, uint32_t domid)
+{
+    return xc_domain_unpause(host->xc, domid) ? fail(host, "the domain cannot be unpaused") : 0;
+}
+
+int ms_host_version(ms_host *host, uint32_t *major, uint32_t *minor)
+{
+    int version = xc_version(host->xc, XENVER_version, NULL);
+    host->why[0] = 0;
+    if (version < 0)
+        return fail(host, "Xen's version cannot be asked for");
+    *major = (uint32_t)version >> 16;
+    *minor = (uint32_t)version & 0xffff;
+    return 0;
+}
+
+int64_t ms_host_free(ms_host *host)
+{
+    xc_physinfo_t machine = {0};
+    host->why[0] = 0;
+    if (xc_physinfo(host->xc, &machine))
+        return fail(host, "how much memory is free cannot be asked for");
+    return (int64_t)(machine.free_pages + machine.scrub_pages - machine.outstanding_pages) * 4096;
+}
+
+int ms_host_read(ms_host *host, const char *path, char *out, int room)
+{
+    unsigned length;
+    host->why[0] = 0;
+    char *found = xs_read(host->store, XBT_NULL, path, &length);
+    if (!found)
+        return errno == ENOENT ? 1 : fail(host, "xenstore cannot be read");
+    snprintf(out, (size_t)room, "%.*s", (int)length, found);
+    free(found);
     return 0;
 }

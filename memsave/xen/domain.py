@@ -59,6 +59,11 @@ class XenDomain:
         return int(self.c.pages)
 
     @property
+    def sent(self) -> int:
+        """Pages that the stream brought, one that came again counted again."""
+        return int(self.c.sent)
+
+    @property
     def layout(self) -> Layout:
         return Layout((Block(BLOCK, self.pages * PAGE),))
 

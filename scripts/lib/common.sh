@@ -141,6 +141,18 @@ download() {
     rm -r "$place/debs"
 }
 
+# source_of DIRECTORY PACKAGE RELEASE : a package's source, with Debian's changes, as DIRECTORY/PACKAGE.
+source_of() {
+    local place=$1 package=$2 release=$3 way
+    mkdir -p "$place/lists/partial"
+    printf 'deb-src %s %s main\n' "$(mirror Debian)" "$release" >"$place/sources.list"
+    way=(-o Dir::Etc::sourcelist="$place/sources.list" -o Dir::Etc::sourceparts=-
+        -o Dir::State::lists="$place/lists" -o APT::Sandbox::User=root)
+    apt-get "${way[@]}" update
+    (cd "$place" && apt-get "${way[@]}" source --download-only "$package")
+    dpkg-source --no-check -x "$place/$package"_*.dsc "$place/$package"
+}
+
 # The package that holds the newest cloud kernel's files.
 cloud_kernel() {
     apt-cache depends linux-image-cloud-amd64 |

@@ -34,8 +34,9 @@ from epochs.errors import Failed, NotFound
 from epochs.points import FaultInjected
 from epochs.processes import ProcessId, boot_id
 from epochs.protocol import create, recover, upkeep, verify
-from epochs.protocol.instances import open_monitor, state
+from epochs.protocol.instances import state
 from epochs.protocol.journal import operation
+from epochs.qemu.connection import open_monitor
 from epochs.spec import MachineSpec
 from epochs.store import StoreFiles, new_id
 

@@ -89,7 +89,10 @@ def test_refusals(saved: Path, tmp_path: Path) -> None:
     assert saved.read_bytes() == whole
     missing = tmp_path / "no" / "such.save"
     assert "cannot be written" in refuse(store, 4, "export-xen", made["id"], str(missing))
-    assert "'epochs export-xen" in refuse(store, 4, "fork", made["id"], "trial")
+    assert "Xen" in refuse(store, 4, "fork", made["id"], "trial"), "there is none on this host"
+    with Store(store) as opened:
+        assert_tidy(opened)
+        assert opened.machines() == []
 
 
 def test_damage_is_never_exported(saved: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from epochs import Machine, Store
 from epochs.errors import Refused
+from epochs.spec import XEN
 
 from .guest import check_disks, ctl, wait_console, wait_witness
 
@@ -41,7 +42,8 @@ class Model:
         return self.machines[self.random.choice(sorted(self.machines))]
 
     def check(self, machine: Machine) -> None:
-        assert ctl(machine, "nonce", "get") == self.nonce[machine.name]
+        found = ctl(machine, "nonce", "get")
+        assert found == self.nonce[machine.name], (machine.name, found, self.nonce)
         wait_witness(machine, 0)
 
     # -- operations ----------------------------------------------------------------------------
@@ -95,8 +97,11 @@ class Model:
         said = machine.console_log.stat().st_size
         machine.stop(kill=self.random.random() < 0.5)
         machine.start()
-        wait_console(machine, "TINY READY", since=said, limit=self.boot_limit)
-        machine.wait_agent()
+        if machine.record.spec.hypervisor == XEN:  # which has no guest agent
+            wait_console(machine, "DOMU READY", since=said, limit=self.boot_limit)
+        else:
+            wait_console(machine, "TINY READY", since=said, limit=self.boot_limit)
+            machine.wait_agent()
         self.set_nonce(machine)
         self.check(machine)
 
@@ -109,9 +114,11 @@ class Model:
         for number in range(operations):
             operation = self.random.choices(list(weights), list(weights.values()))[0]
             try:
+                print(number, operation.__name__, flush=True)
                 operation()
                 for machine in self.machines.values():
-                    assert machine.status()["state"] == "running"
+                    found = machine.status()
+                    assert found["state"] == "running", found
                 if number % every == 0:
                     for machine in self.machines.values():
                         self.check(machine)

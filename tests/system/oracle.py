@@ -10,9 +10,9 @@ import pytest
 
 import memsave
 from epochs import Epoch, Machine, Store
-from epochs.protocol import create as creation
-from epochs.protocol.instances import open_monitor
+from epochs.qemu import seal
 from epochs.qemu.command import RAM_BLOCK
+from epochs.qemu.connection import open_monitor
 from epochs.qemu.ramblocks import RamBlock, locate
 
 
@@ -26,14 +26,14 @@ def memory_of_the_pause(store: Store, machine: Machine,
     assert record is not None
     with open_monitor(store.files, record) as monitor:
         blocks = locate(monitor, record.process.pid, RAM_BLOCK)
-    original = creation._settle
+    original = seal._settle
 
-    def settle(work: creation._Work, capture: memsave.Capture) -> None:
+    def settle(work: seal.QemuWork, capture: memsave.Capture) -> None:
         original(work, capture)
         found.append(read_memory(record.process.pid, blocks))
 
     with monkeypatch.context() as patch:
-        patch.setattr(creation, "_settle", settle)
+        patch.setattr(seal, "_settle", settle)
         yield found
 
 

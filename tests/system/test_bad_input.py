@@ -256,9 +256,9 @@ def test_a_full_store(small: Path, tiny: Artefacts) -> None:
 def test_a_store_that_fills_up_while_an_epoch_is_written(
         small: Path, tiny: Artefacts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head-room check passed, and then somebody else took the space."""
-    from epochs.protocol import create
+    from epochs.protocol import freezing
 
-    monkeypatch.setattr(create, "_check_space", lambda *_, **__: None)
+    monkeypatch.setattr(freezing, "check_space", lambda *_, **__: None)
     with Store(small / "store") as store:
         web = store.add("web", tiny.spec(backend="qcow2"))
         try:

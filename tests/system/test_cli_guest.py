@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from epochs import Machine, Store
-from epochs.protocol.instances import open_monitor
 from epochs.qemu.agent import Agent
+from epochs.qemu.connection import open_monitor
 from epochs.qemu.process import AGENT_SOCKET
 from tests.json_fields import documented, fields
 

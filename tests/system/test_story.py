@@ -12,10 +12,10 @@ import pytest
 
 from epochs import Machine, Store
 from epochs.errors import Incompatible, Refused
-from epochs.protocol import create as creation
 from epochs.protocol import switch
-from epochs.protocol.instances import open_monitor
+from epochs.qemu import seal
 from epochs.qemu.command import RAM_BLOCK
+from epochs.qemu.connection import open_monitor
 from epochs.qemu.ramblocks import locate
 
 from .conftest import required
@@ -162,9 +162,9 @@ def test_memory_that_a_device_writes_in_the_pause(store: Store, boot: Boot,
                 memory.seek(ram.address)
                 memory.write(byte)
 
-    original = creation._save_state
-    monkeypatch.setattr(creation.points, "hit", hit)
-    monkeypatch.setattr(creation, "_save_state", lambda work: (saved.append(""), original(work)))
+    original = seal._save_state
+    monkeypatch.setattr(seal.points, "hit", hit)
+    monkeypatch.setattr(seal, "_save_state", lambda work: (saved.append(""), original(work)))
     web.create()
     assert len(saved) == 1, "the control: nobody wrote"
     write = True

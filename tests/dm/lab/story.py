@@ -73,7 +73,9 @@ def story(store: Store, web: Machine, scratch: Path, *, forks: bool = True) -> N
 
 def mixed_layers(original: Callable[[str], dict[str, str]], wrong: str,
                  epoch: str) -> dict[str, str]:
-    return {**original(epoch), "b": original(wrong)["b"]}
+    right = original(epoch)
+    last = list(right)[-1]
+    return {**right, last: original(wrong)[last]}
 
 
 def negative_control(store: Store, web: Machine, *, forks: bool = True) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from epochs import Machine, Store
 from memsave.xen.live import Host
-from tests.xen.lab.domu import DOMU, domains, xl
+from tests.dm.lab.volumes import group, volume
+from tests.system.guest import assert_tidy, run_cli
+from tests.xen.lab.domu import CONSOLES, DOMU, DomU, config, domains, xl
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--operations", type=int, default=10,
+                     help="how many random operations (one takes some 20 s)")
 
 
 @pytest.fixture
@@ -43,3 +51,50 @@ def loops(tmp_path: Path) -> Iterator[list[tuple[str, str]]]:
         xl("destroy", name)
     for _, device in made:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.fixture
+def thin() -> Iterator[None]:
+    """A volume group with a thin pool; it outlives the store, whose volumes are in it."""
+    with group("/dev/vdb", pool="600M"):
+        yield
+
+
+@pytest.fixture
+def store(thin: None, tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "store") as opened:
+        yield opened
+        print(xl("dmesg")[-1500:])
+        for log in sorted(CONSOLES.glob("guest-*.log")):  # shown if the test failed
+            print(f"{log.name}: …{log.read_bytes()[-1500:]!r}")
+        opened.settle()
+        assert_tidy(opened)
+        for machine in opened.machines():
+            machine.remove(with_epochs=True, force=True)
+        opened.delete([epoch.id for epoch in opened.epochs()])
+        for pool in opened.pools():
+            opened.remove_pool(pool.record.name)
+        assert domains() == []
+        assert xl("list").count("\n") == 2, "nothing is left of any domain"
+
+
+@pytest.fixture
+def disks(store: Store) -> list[tuple[str, str]]:
+    """A thin volume, and a file for the pool."""
+    run_cli(store.files.path, "pool", "create", "fast", "/dev/vdc")
+    return [("xvda", volume("a", DOMU / "a.img", thin=True)), ("xvdb", str(DOMU / "b.img"))]
+
+
+@pytest.fixture
+def boot(store: Store, disks: list[tuple[str, str]], tmp_path: Path) -> Callable[[str], Machine]:
+    def made(kind: str) -> Machine:
+        file = config("web", kind, tmp_path, disks=disks)
+        run_cli(store.files.path, "add", "web", "--xen", str(file),
+                "--disk", f"xvdb={DOMU / 'b.img'},backend=dmthin")
+        web = store.machine("web")
+        assert {disk["backend"] for disk in web.status()["disks"]} == {"lvm-thin", "dmthin"}
+        assert web.start() == "started"
+        DomU("web").wait("DOMU READY")
+        return web
+
+    return made

@@ -172,7 +172,7 @@ def test_guest_and_host(boot: Callable[[str], Machine], store: Store, tmp_path: 
         with pytest.raises(Failed, match=r"is being saved.*epochs recover"):
             web.create()
         assert web.status()["state"] == "suspended"
-    run_cli(store.files.path, "recover")
+    assert [one.kind for one in store.settle()] == ["create"]
     assert_tidy(store)
     count = wait_witness(web, count, 60)
     # Not enough memory for one more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,22 @@ from tests.xen.lab.domu import CONSOLES, DOMU, DomU, config, domains, xl
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--operations", type=int, default=10,
+    parser.addoption("--operations", type=int, default=4,
                      help="how many random operations (one takes some 20 s)")
+    parser.addoption("--all", action="store_true", dest="all_points",
+                     help="visit every named point (one takes some 25 s), not only those at which "
+                          "a domain is in another state than at the one before")
+
+
+@pytest.fixture
+def sweep(request: pytest.FixtureRequest) -> Callable[[Iterable[str], Iterable[str]], list[str]]:
+    """``sweep(every, some)``: the points that this run visits."""
+    def chosen(every: Iterable[str], some: Iterable[str]) -> list[str]:
+        found = list(every)
+        assert set(some) <= set(found)
+        return found if request.config.getoption("all_points") else list(some)
+
+    return chosen
 
 
 @pytest.fixture

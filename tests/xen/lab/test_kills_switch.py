@@ -12,7 +12,7 @@ from epochs.points import POINTS
 from tests.dm.lab.test_kills import live
 from tests.system.guest import ctl, wait_witness
 from tests.xen.lab.domu import domains
-from tests.xen.lab.test_kills import settle, strike
+from tests.xen.lab.test_kills import Sweep, settle, strike
 
 SWITCHED = ("rollback.switched", "rollback.old-gone", "rollback.taken-over", "rollback.resumed")
 FORKED = ("fork.committed", "fork.resumed")
@@ -20,12 +20,13 @@ XEN = ["--disk", "700M", "--disk", "700M"]
 pytestmark = pytest.mark.timeout(1400)
 
 
-def test_rollback_and_fork(boot: Callable[[str], Machine], store: Store) -> None:
+def test_rollback_and_fork(boot: Callable[[str], Machine], store: Store, sweep: Sweep) -> None:
     web = boot("pvh")
     ctl(web, "nonce", "set", "one")
     first = web.create()
     devices = len(live())
-    for point in ("rollback.intended", *POINTS["launch"], *POINTS["rollback"][1:]):
+    for point in sweep(("rollback.intended", *POINTS["launch"], *POINTS["rollback"][1:]),
+                       ("launch.spawned", "launch.loaded", *SWITCHED[:2])):
         ctl(web, "nonce", "set", "two")
         strike(store, point, "rollback", "web", first.id, "--discard")
         settle(store)
@@ -33,7 +34,8 @@ def test_rollback_and_fork(boot: Callable[[str], Machine], store: Store) -> None
         wait_witness(web, 0, 60)
         assert domains() == ["web"], point
         assert len(live()) == devices, point
-    for point in ("fork.intended", *POINTS["launch"], *POINTS["fork"][1:]):
+    for point in sweep(("fork.intended", *POINTS["launch"], *POINTS["fork"][1:]),
+                       ("launch.loaded", "fork.committed")):
         strike(store, point, "fork", first.id, "trial")
         settle(store)
         forked = point in FORKED
@@ -44,7 +46,8 @@ def test_rollback_and_fork(boot: Callable[[str], Machine], store: Store) -> None
             trial.remove(force=True)
         assert len(live()) == devices, point
     web.stop(kill=True)
-    for point in ("start.intended", "launch.disks-cloned", *POINTS["start"][1:]):
+    for point in sweep(("start.intended", "launch.disks-cloned", *POINTS["start"][1:]),
+                       POINTS["start"][1:]):
         strike(store, point, "start", "web")
         settle(store)
         started = point == "start.committed"

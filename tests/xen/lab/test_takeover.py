@@ -15,7 +15,7 @@ from tests.dm.lab.volumes import volume
 from tests.system.guest import check_disks, ctl, run_cli, wait_witness
 from tests.xen.lab.domu import DOMU, DomU, config, domains, xl
 from tests.xen.lab.test_bad_input import refused
-from tests.xen.lab.test_kills import known, settle, strike
+from tests.xen.lab.test_kills import Sweep, known, settle, strike
 
 XEN = ["--disk", "700M", "--disk", "700M"]
 RECORDED = ("take-over.committed", "take-over.old-gone")
@@ -77,21 +77,21 @@ def test_taken_over(kind: str, plain: Callable[[str], DomU], store: Store, tmp_p
     assert {device: digest(device) for device in originals} == originals, "left as they were"
 
 
-def test_killed(plain: Callable[[str], DomU], store: Store) -> None:
+def test_killed(plain: Callable[[str], DomU], store: Store, sweep: Sweep) -> None:
     domain = plain("pvh")
     domain.ctl("nonce", "set", "one")
     domid, nodes = domain.domid, known()
     add = ("add", "web", "--xen", "plain", "--disk", "xvdb=/dev/vg/b,backend=dmthin")
-    for point in POINTS["take-over"]:
-        if point in RECORDED:
-            continue
+    before = [point for point in POINTS["take-over"] if point not in RECORDED]
+    for point in sweep(before, ("take-over.intended", "take-over.disks-adopted")):
         strike(store, point, *add)
         settle(store)
         assert domain.domid == domid, "it goes on"
         domain.wait_count(domain.count())
         assert known() == nodes, point
         assert (store.machines(), store.epochs()) == ([], []), point
-    for point in RECORDED:
+    recorded = sweep(RECORDED, RECORDED[:1])
+    for point in recorded:
         strike(store, point, *add)
         settle(store)
         assert domains() == []
@@ -101,7 +101,7 @@ def test_killed(plain: Callable[[str], DomU], store: Store) -> None:
         assert ctl(web, "nonce", "get") == "one", point
         wait_witness(web, 0, 60)
         web.remove(with_epochs=True, force=True)
-        if point != RECORDED[-1]:
+        if point != recorded[-1]:
             domain = plain("pvh")
             domain.ctl("nonce", "set", "one")
 

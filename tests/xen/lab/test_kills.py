@@ -4,7 +4,6 @@ one settles it: the guest goes on, and nothing is left in xenstore, device-mappe
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,27 +13,14 @@ import pytest
 
 from epochs import Machine, Store
 from epochs.points import POINTS
-from tests.dm.lab.test_kills import live, suspended
-from tests.system.guest import assert_tidy, run_cli, wait_witness
+from tests.dm.lab.test_kills import live, settle, strike
+from tests.system.guest import wait_witness
 
 PARTS = 4
 XEN = ["--disk", "700M", "--disk", "700M"]
 Sweep = Callable[[Iterable[str], Iterable[str]], list[str]]
 WITHIN = ("create.prepared", "create.disks-frozen", "create.resumed")
 pytestmark = pytest.mark.timeout(1400)
-
-
-def strike(store: Store, point: str, *command: str) -> None:
-    """Run a command that is killed at a point; it must have got there."""
-    done = run_cli(store.files.path, *command, fault=f"{point}:kill", check=False)
-    assert done.returncode == -signal.SIGKILL, (point, done.returncode, done.stderr)
-
-
-def settle(store: Store) -> None:
-    run_cli(store.files.path, "recover")
-    assert store.settle() == []
-    assert_tidy(store)
-    assert suspended() == []
 
 
 def known() -> list[str]:

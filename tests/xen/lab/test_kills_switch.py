@@ -9,10 +9,10 @@ import pytest
 
 from epochs import Machine, Store
 from epochs.points import POINTS
-from tests.dm.lab.test_kills import live
+from tests.dm.lab.test_kills import live, settle, strike
 from tests.system.guest import ctl, wait_witness
 from tests.xen.lab.domu import domains
-from tests.xen.lab.test_kills import Sweep, settle, strike
+from tests.xen.lab.test_kills import Sweep
 
 SWITCHED = ("rollback.switched", "rollback.old-gone", "rollback.taken-over", "rollback.resumed")
 FORKED = ("fork.committed", "fork.resumed")

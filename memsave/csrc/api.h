@@ -139,7 +139,7 @@ typedef struct {
     int content; /* borrowed */
     uint32_t guest, xen_major, xen_minor;
     uint64_t pages, max_pages;
-    uint64_t sent; /* pages that a stream brought, one that came again counted again */
+    uint64_t named, sent; /* pages that a stream named, brought; one that came again counts again */
     uint8_t *types;
     uint8_t *held;
     ms_xen_record *records;

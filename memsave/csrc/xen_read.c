@@ -225,7 +225,7 @@ static int pages(struct reader *r, uint32_t length)
     if (rest < table)
         return xen_fault(xen, r->error, "a PAGE_DATA record of %u pages has %u bytes, too few",
                          header.count, length);
-    xen->sent += header.count;
+    xen->named += header.count;
     code = reserve(r, table);
     if (!code)
         code = take(r, r->body, table, "a PAGE_DATA record");
@@ -257,6 +257,7 @@ static int pages(struct reader *r, uint32_t length)
         else
             xen_hold(xen, pfn, 0);
     }
+    xen->sent += n;
     rest -= table;
     if (rest != n * MS_PAGE)
         return xen_fault(xen, r->error, "a PAGE_DATA record with %zu pages of content has %llu "

@@ -64,6 +64,11 @@ class XenDomain:
         return int(self.c.sent)
 
     @property
+    def named(self) -> int:
+        """The same, with those that the domain does not have and the stream names nevertheless."""
+        return int(self.c.named)
+
+    @property
     def layout(self) -> Layout:
         return Layout((Block(BLOCK, self.pages * PAGE),))
 

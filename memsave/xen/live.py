@@ -223,11 +223,12 @@ class Host:
             raise failures[0]
         # CLOCK_MONOTONIC, as time.perf_counter's is (PEP 418, Linux).
         asked = float(self._lib.ms_host_asked(self._c))
-        precopied = int(self._lib.ms_host_precopied(self._c))
+        # libxc counts what it named before; those named in the pause are there.
+        within = min(into.named - int(self._lib.ms_host_precopied(self._c)), into.sent)
         return Pause(resumed - asked, asked - began, {
             "suspend": suspended.at - asked, "freeze_disks": suspended.frozen - suspended.at,
             "seal_memory": sent - suspended.frozen, "resume": resumed - sent},
-            precopied, into.sent - precopied)
+            into.sent - within, within)
 
     def _why(self) -> str:
         return str(self._ffi.string(self._lib.ms_host_why(self._c)).decode(errors="replace"))

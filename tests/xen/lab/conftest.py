@@ -24,6 +24,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                           "a domain is in another state than at the one before")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "whole: only with --all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("all_points"):
+        return
+    left = [item for item in items if item.get_closest_marker("whole")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture
 def sweep(request: pytest.FixtureRequest) -> Callable[[Iterable[str], Iterable[str]], list[str]]:
     """``sweep(every, some)``: the points that this run visits."""

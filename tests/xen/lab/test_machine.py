@@ -33,6 +33,7 @@ def test_story(kind: str, boot: Callable[[str], Machine], store: Store, tmp_path
     assert {field for field in shown - documented("Epoch of a domain") - documented("Epoch")
             if not re.match(r"disks\.|stats\.disk_bytes\.", field)} == set()
     assert first.stats["pages_precopied"] > first.stats["pages_sealed_in_pause"] > 0, "it ran on"
+    assert first.stats["pages_precopied"] < 6 * (128 << 8), "no pages that it does not have"
     domid = web.status()["domid"]
     assert ctl(web, "nonce", "get") == "one"
     count = wait_witness(web, 20, 60)

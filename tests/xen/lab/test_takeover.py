@@ -44,7 +44,7 @@ def digest(device: str) -> str:
     return hashlib.sha256(Path(device).read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@pytest.mark.parametrize("kind", [pytest.param("pv", marks=pytest.mark.whole), "pvh"])
 def test_taken_over(kind: str, plain: Callable[[str], DomU], store: Store, tmp_path: Path) -> None:
     domain = plain(kind)
     domain.ctl("nonce", "set", "one")

@@ -323,8 +323,8 @@ class Store:
         """A machine out of a domain of Xen that runs without us; its guest goes on. ``disks`` say
         which backends they get. See :mod:`epochs.xen.takeover`."""
         self.settle()
-        _, epoch = takeover.take_over(self.files, name, domain, disks,
-                                      progress=progress or no_progress)
+        epoch = takeover.take_over(self.files, name, domain, disks,
+                                   progress=progress or no_progress)
         machine = Machine(self, name)
         machine.rollback(epoch.id, keep=False)
         return machine

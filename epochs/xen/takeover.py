@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ READING, SWITCHED = "reading", "switched"
 
 
 def take_over(store: StoreFiles, name: str, domain: str, disks: tuple[DiskSpec, ...] = (), *,
-              progress: Progress = no_progress) -> tuple[MachineRecord, EpochRecord]:
-    """A machine that is off, and its epoch, out of the running domain of that name or number.
+              progress: Progress = no_progress) -> EpochRecord:
+    """A machine that is off, out of the running domain of that name or number; returns its epoch.
 
     NotFound, Refused with the domain as it was.
     """
@@ -78,7 +77,7 @@ def take_over(store: StoreFiles, name: str, domain: str, disks: tuple[DiskSpec, 
             toolstack.destroy(found.domid, store.machine_dir(machine.id))
             points.hit("take-over.old-gone")
             under_way.end()
-    return machine, epoch
+    return epoch
 
 
 def _running(store: StoreFiles, host: Host, domain: str) -> Running:
@@ -164,7 +163,6 @@ class _Moved:
             store.catalog.set_head(self.machine.id, epoch.id)
             store.moved_on((layer.backend, layer.id) for layer in self.layers)
             self.under_way.phase(SWITCHED)
-        self.machine = replace(self.machine, head=epoch.id)
 
 
 def undo(store: StoreFiles, record: JournalRecord) -> None:

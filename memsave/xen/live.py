@@ -153,7 +153,8 @@ class Host:
         self._require(self._lib.ms_domain_unpause(self._c, domid))
 
     def resume(self, domain: Running) -> None:
-        """Let a suspended domain go on, its devices connected; nothing if it is not suspended."""
+        """Let a suspended domain go on, its devices connected. Of one that goes on already only
+        xenstored is told, which a killed command may have failed to do."""
         self._require(self._lib.ms_domain_resume(self._c, domain.domid, int(domain.fresh)))
 
     def settle(self, domain: Running, limit: float) -> None:

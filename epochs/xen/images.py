@@ -79,15 +79,20 @@ NO_PAUSE = {
 }
 
 
+def write_files(store: StoreFiles, epoch_id: str, state: State, image: memsave.Image) -> None:
+    """Write an epoch's state and map durably into its directory, which is there."""
+    state.save(store.state_file(epoch_id))
+    image.save(store.map_file(epoch_id))
+    sync_directory(store.epoch_dir(epoch_id))
+    sync_directory(store.epoch_dir(epoch_id).parent)
+
+
 def written_epoch(store: StoreFiles, epoch_id: str, state: State, written: memsave.WriteResult,
                   compatible: dict[str, Any], machine: MachineRecord, message: str,
                   stats: dict[str, Any]) -> EpochRecord:
     """Write an epoch's files durably into its directory, which is there, beside the pack that is
     written already; returns its row, without a parent, recorded nowhere yet."""
-    state.save(store.state_file(epoch_id))
-    written.image.save(store.map_file(epoch_id))
-    sync_directory(store.epoch_dir(epoch_id))
-    sync_directory(store.epoch_dir(epoch_id).parent)
+    write_files(store, epoch_id, state, written.image)
     map_bytes = store.map_file(epoch_id).read_bytes()
     state_bytes = store.state_file(epoch_id).read_bytes()
     return EpochRecord(

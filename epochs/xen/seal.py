@@ -15,12 +15,13 @@ import blockcow
 import memsave
 from epochs import points
 from epochs.catalog import InstanceRecord, JournalRecord
-from epochs.durable import make_directory, sync_directory
+from epochs.durable import make_directory
 from epochs.errors import Failed
 from epochs.hypervisor import Sealed, Work
 from epochs.protocol import freezing
 from epochs.store import StoreFiles
 from epochs.xen import domains, toolstack
+from epochs.xen.images import write_files
 from memsave.xen import State, XenDomain
 from memsave.xen.live import Host, Pause, Running
 
@@ -90,10 +91,8 @@ def seal(work: Work) -> Sealed:
             _parent(work), packs, work.pack,
             lambda done, total: work.progress("memory", done, total))
         points.hit("create.memory-written")
-        State.of(memory, config.detached().to_json(), ()).save(store.state_file(work.epoch))
-        written.image.save(store.map_file(work.epoch))
-        sync_directory(work.directory)
-        sync_directory(work.directory.parent)
+        write_files(store, work.epoch, State.of(memory, config.detached().to_json(), ()),
+                    written.image)
         points.hit("create.written")
         signature = packs.signature(work.pack) if written.pack_id else None
     return Sealed(frozen, written, signature, pause_figures(pause, domain), thumbnail=False,

@@ -29,6 +29,10 @@ class AgentSilent(EpochsError):
     exit_code = 5
 
 
+class CommandLate(Failed):
+    """A command in the guest has not ended in time; it goes on there."""
+
+
 @dataclass(frozen=True)
 class Completed:
     """A command that ran in the guest; ``status`` is its exit status, or 128 + signal."""
@@ -115,8 +119,8 @@ class Agent:
             if state["exited"]:
                 break
             if deadline is not None and time.monotonic() > deadline:
-                raise Failed(f"'{argv[0]}' has not ended in the guest after {timeout:.0f} s "
-                             "(it goes on there)")
+                raise CommandLate(f"'{argv[0]}' has not ended in the guest after {timeout:.0f} s "
+                                  "(it goes on there)")
             time.sleep(pause)
             pause = min(pause * 1.5, LAST_POLL)
         status = state.get("exitcode", 128 + state.get("signal", 0))

@@ -26,6 +26,7 @@ from typing import Any
 
 import memsave
 from epochs import graph
+from epochs import guard as guarding
 from epochs.catalog import EpochRecord, MachineRecord, MountRecord
 from epochs.errors import Failed, Refused, UsageError
 from epochs.hypervisor import Progress, hypervisor, no_progress
@@ -35,10 +36,12 @@ from epochs.protocol import diff as difference
 from epochs.protocol import instances, lifecycle, recover, switch, upkeep
 from epochs.protocol import mounts as mounting
 from epochs.protocol import pools as pooling
+from epochs.protocol import prune as pruning
 from epochs.protocol import verify as verification
 from epochs.qemu import agent, screen
 from epochs.qemu.connection import open_monitor
 from epochs.qemu.process import AGENT_SOCKET, CONSOLE_SOCKET
+from epochs.retention import Policy
 from epochs.spec import XEN, DiskSpec, MachineSpec
 from epochs.store import Notice, StoreFiles, silent
 from epochs.xen import takeover
@@ -162,6 +165,20 @@ class Machine:
             done = switch.rollback(self._store.files, record, target.record, keep=keep,
                                    progress=progress)
         return {"machine": self.name, "epoch": target.id, **done}
+
+    def guard(self, command: list[str], *, in_guest: bool = False, timeout: float | None = None,
+              check: str | None = None, keep_failed: bool = False, stdout: int = 1
+              ) -> guarding.Guarded:
+        """Run a command with an epoch to go back to; see :func:`epochs.guard.guard`."""
+        return guarding.guard(self, command, in_guest=in_guest, timeout=timeout, check=check,
+                              keep_failed=keep_failed, stdout=stdout)
+
+    def prune(self, policy: Policy, *, max_store: int | None = None,
+              dry_run: bool = False) -> pruning.Pruned:
+        """Delete what a rule does not keep; see :func:`epochs.protocol.prune.prune`."""
+        self._store.settle()
+        return pruning.prune(self._store.files, self.record, policy, max_store=max_store,
+                             dry_run=dry_run)
 
     def exec(self, argv: list[str], *, stdin: bytes | None = None,
              timeout: float | None = None) -> agent.Completed:

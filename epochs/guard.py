@@ -1,17 +1,19 @@
 """``guard``: an epoch, a command, and back to the epoch if the command fails.
 
-The epoch is made first. The command runs here, or in the guest through its agent. If it fails, takes
-too long, a check after it fails, or we are told to stop, the machine goes back to the epoch; else
-the epoch stays as a way back.
+The epoch is made first. The command runs here, or in the guest through its agent. If it fails,
+takes too long, a check after it fails, or we are told to stop, the machine goes back to the epoch;
+else the epoch stays as a way back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,20 +21,23 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from epochs.errors import EpochsError, UsageError
+from epochs.qemu.agent import CommandLate
 
 if TYPE_CHECKING:
     from epochs.api import Machine
 
-TIMED_OUT = 124  # as of timeout(1)
+TIMED_OUT, NOT_RUN = 124, 125  # as of timeout(1)
+STOPPED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AGENT_LIMIT = 30.0  # seconds that the guest's agent may take to answer
 GRACE = 10.0  # seconds that a command has to end after it was told to
 
 
 @dataclass(frozen=True)
 class Guarded:
     """``status``: what the caller ends with: the command's exit status, the check's if only that
-    failed, 124 after the time limit, 128 + signal if we were told to stop. ``undone``: why the
-    machine is back at the epoch, or None. ``failed``: the epoch of the state that was given up, if
-    it was to be kept. ``seconds`` that the rollback took, or None."""
+    failed, 124 after the time limit, 125 if it could not be run, 128 + signal if we were told to
+    stop. ``undone``: why the machine is back at the epoch, or None. ``failed``: the epoch of the
+    state that was given up, if it was to be kept. ``seconds`` that the rollback took, or None."""
 
     machine: str
     epoch: str
@@ -59,7 +64,8 @@ class _Late(Exception):
 
 
 class _Signals:
-    """SIGINT and SIGTERM raise _Told while ``heard``; else they wait until somebody asks."""
+    """SIGINT, SIGTERM and SIGHUP raise _Told while ``heard``; else they wait until somebody asks.
+    Those that are ignored stay so, and outside the main thread they are not ours to take."""
 
     def __init__(self) -> None:
         self.heard = False
@@ -74,8 +80,10 @@ class _Signals:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Take them over from whoever has them."""
-        before = {number: signal.signal(number, self._take)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, self._take) for number in STOPPED_BY
+                      if signal.getsignal(number) is not signal.SIG_IGN}
         try:
             yield
         finally:
@@ -95,38 +103,21 @@ class _Signals:
 
 
 def guard(machine: Machine, command: list[str], *, in_guest: bool = False,
-          timeout: float | None = None, check: str | None = None,
-          keep_failed: bool = False) -> Guarded:
+          timeout: float | None = None, check: str | None = None, keep_failed: bool = False,
+          stdout: int = 1) -> Guarded:
     """Run ``command`` with a way back. ``timeout`` in seconds, for command and check together;
-    ``check`` is a line for the shell, run where the command ran. Only from the main thread.
+    ``check`` is a line for the shell, run where the command ran; ``stdout``: the descriptor that
+    their standard output goes to.
 
     Raises what ``create`` and ``rollback`` raise; if the latter failed, the machine is as the
     command left it and the message names the epoch.
     """
-    if not command:
-        raise UsageError("there is no command to run")
-    if timeout is not None and timeout <= 0:
-        raise UsageError("the time limit must be more than 0 seconds")
+    _refuse(machine, command, in_guest, timeout)
     signals = _Signals()
     with signals.held():
         epoch = machine.create(f"before {' '.join(command)}"[:200])
-        deadline = None if timeout is None else time.monotonic() + timeout
-        undone: str | None = None
-        try:
-            with signals.listening():
-                status = _run(machine, command, in_guest, deadline)
-                if status:
-                    undone = f"the command ended with {status}"
-                elif check is not None:
-                    status = _run(machine, ["sh", "-c", check], in_guest, deadline)
-                    if status:
-                        undone = f"the check ended with {status}"
-        except _Told as told:
-            status, undone = 128 + told.number, f"{signal.Signals(told.number).name} came"
-        except _Late:
-            status, undone = TIMED_OUT, f"it took more than {timeout:g} s"
-        except (EpochsError, OSError) as error:
-            status, undone = 127 if isinstance(error, FileNotFoundError) else 125, str(error)
+        run = _Run(machine, in_guest, signals, timeout, stdout)
+        status, undone = run.all(command, check)
         if undone is None:
             return Guarded(machine.name, epoch.id, status, None, None, None)
         try:
@@ -138,51 +129,92 @@ def guard(machine: Machine, command: list[str], *, in_guest: bool = False,
     return Guarded(machine.name, epoch.id, status, undone, done["kept"], done["seconds"])
 
 
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.001, deadline - time.monotonic())
+def _refuse(machine: Machine, command: list[str], in_guest: bool, timeout: float | None) -> None:
+    """What cannot work, before anything is done."""
+    if not command:
+        raise UsageError("there is no command to run")
+    if timeout is not None and timeout <= 0:
+        raise UsageError("the time limit must be more than 0 seconds")
+    if in_guest:
+        machine.wait_agent(AGENT_LIMIT)
+    elif shutil.which(command[0]) is None:
+        raise UsageError(f"there is no command '{command[0]}' on this host")
 
 
-def _run(machine: Machine, command: list[str], in_guest: bool, deadline: float | None) -> int:
-    return (_run_inside if in_guest else _run_here)(machine, command, deadline)
+class _Run:
+    """The command, and the check after it."""
+
+    def __init__(self, machine: Machine, in_guest: bool, signals: _Signals, limit: float | None,
+                 stdout: int) -> None:
+        self._machine, self._signals, self._limit = machine, signals, limit
+        self._deadline = None if limit is None else time.monotonic() + limit
+        self._stdout = stdout
+        self._one = self._inside if in_guest else self._here
+
+    def all(self, command: list[str], check: str | None) -> tuple[int, str | None]:
+        """The status to end with, and why it is to be undone."""
+        try:
+            if status := self._one(command):
+                return status, f"the command ended with {status}"
+            if check is not None and (status := self._one(["sh", "-c", check])):
+                return status, f"the check ended with {status}"
+        except _Told as told:
+            return 128 + told.number, f"{signal.Signals(told.number).name} came"
+        except _Late:
+            return TIMED_OUT, f"it took more than {self._limit:g} s"
+        except (EpochsError, OSError) as error:
+            return NOT_RUN, str(error)
+        return 0, None
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else max(0.001, self._deadline - time.monotonic())
+
+    def _inside(self, command: list[str]) -> int:
+        try:
+            with self._signals.listening():
+                done = self._machine.exec(command, timeout=self._left())
+        except CommandLate:
+            raise _Late from None
+        _write(self._stdout, done.stdout)
+        _write(2, done.stderr)
+        return done.status
+
+    def _here(self, command: list[str]) -> int:
+        """In a process group of its own, so that what it started ends with it; on a terminal in
+        ours, so that it may read from there, and hears Ctrl-C itself."""
+        shared = sys.stdin is not None and sys.stdin.isatty()
+        child = subprocess.Popen(command, process_group=None if shared else 0, stdout=self._stdout,
+                                 env={**os.environ, "EPOCHS_MACHINE": self._machine.name})
+        try:
+            with self._signals.listening():
+                status = child.wait(self._left())
+        except subprocess.TimeoutExpired:
+            _end(child, signal.SIGTERM)
+            raise _Late from None
+        except _Told as told:
+            _end(child, None if shared and told.number == signal.SIGINT else told.number)
+            raise
+        except BaseException:
+            _end(child, signal.SIGTERM)
+            raise
+        return 128 - status if status < 0 else status
 
 
-def _run_inside(machine: Machine, command: list[str], deadline: float | None) -> int:
-    from epochs.qemu.agent import CommandLate
-
-    try:
-        done = machine.exec(command, timeout=_left(deadline))
-    except CommandLate:
-        raise _Late from None
-    sys.stdout.buffer.write(done.stdout)
-    sys.stdout.buffer.flush()
-    sys.stderr.buffer.write(done.stderr)
-    sys.stderr.buffer.flush()
-    return done.status
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data):]
 
 
-def _run_here(machine: Machine, command: list[str], deadline: float | None) -> int:
-    """In a process group of its own, so that what it started ends with it; on a terminal in ours, so
-    that it may read from there and hears Ctrl-C itself."""
-    child = subprocess.Popen(command, process_group=None if sys.stdin.isatty() else 0,
-                             env={**os.environ, "EPOCHS_MACHINE": machine.name})
-    try:
-        status = child.wait(_left(deadline))
-    except subprocess.TimeoutExpired:
-        _end(child)
-        raise _Late from None
-    except BaseException:
-        _end(child)
-        raise
-    return 128 - status if status < 0 else status
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(child.pid) == child.pid:
-                os.killpg(child.pid, number)
-            else:
-                child.send_signal(number)
+def _end(child: subprocess.Popen[bytes], first: int | None) -> None:
+    """Signal it, with what it started; what has not ended after a while is killed. None: it has
+    heard already."""
+    for number in (first, signal.SIGKILL):
+        if number is not None:
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(child.pid) == child.pid:
+                    os.killpg(child.pid, number)
+                else:
+                    child.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(GRACE)
             return

@@ -1,7 +1,7 @@
 """Which epochs a rule keeps. Pure: it looks at dates and tags, and deletes nothing.
 
-For every period (hour, day, ISO week, month, year; local time) the newest epoch of each of the last N
-periods that have one is kept, as backup programs do it.
+For every period (hour, day, ISO week, month, year; local time) the newest epoch of each of the last
+N periods that have one is kept, as backup programs do it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ class Policy:
     yearly: int = 0
     tags: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{one.name} is less than 0")
+
     @property
     def empty(self) -> bool:
         """Whether it keeps nothing at all."""
@@ -43,14 +49,16 @@ class Policy:
 
 @dataclass
 class Decision:
-    """``reasons`` why it is kept; none: it goes."""
+    """``reasons`` why it is kept; none: it goes. ``needed``: that a rule has no say in it."""
 
     id: str
     created: float
     reasons: list[str] = field(default_factory=list)
+    needed: bool = False
 
     @property
     def kept(self) -> bool:
+        """Whether there is any reason."""
         return bool(self.reasons)
 
 
@@ -71,6 +79,7 @@ def decide(epochs: Iterable[Candidate], policy: Policy) -> list[Decision]:
         reasons = decisions[one.id].reasons
         if one.needed is not None:
             reasons.append(one.needed)
+            decisions[one.id].needed = True
         reasons += [f"tag {tag}" for tag in one.tags
                     if any(fnmatch.fnmatchcase(tag, pattern) for pattern in policy.tags)]
     for number, one in enumerate(ordered[:policy.last], start=1):

@@ -62,10 +62,11 @@ def measure(store: Store, kind: str, memory: int, samples: int, place: Path) -> 
     web = store.add("web", MachineSpec(
         memory=0, hypervisor=XEN, config=file.read_text(),
         disks=(DiskSpec("xvda", str(DOMU / "a.img"), None, "dmthin"),)))
+    guest = DomU("web")
+    since = len(guest.said())  # its console's log outlives the machine before it
     web.start()
     try:
-        guest = DomU("web")
-        guest.wait("DOMU READY")
+        guest.wait("DOMU READY", since=since)
         return measured(web, guest, samples, place)
     finally:
         web.remove(with_epochs=True, force=True)

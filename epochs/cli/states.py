@@ -19,11 +19,15 @@ MAX_FORKS = 1000
 @click.option("-t", "--tag", "tags", multiple=True, help="Tag it (may be repeated).")
 @click.option("--flat/--no-flat", default=None,
               help="Force or forbid a new flat pack (default: when it pays).")
+@click.option("--if-running", is_flag=True, help="Do nothing, and succeed, if it is off or paused.")
 @click.pass_context
 def create_command(ctx: click.Context, name: str, message: str, tags: tuple[str, ...],
-                   flat: bool | None) -> None:
+                   flat: bool | None, if_running: bool) -> None:
     """Make a live epoch of a running machine."""
     with opened(ctx) as store, output.progress(ctx) as progress:
+        if if_running and (word := store.machine(name).status()["state"]) != "running":
+            emit(ctx, {"machine": name, "skipped": word}, f"machine '{name}' is {word}: no epoch")
+            return
         epoch = store.machine(name).create(message, tags, flat=flat, progress=progress)
         document = epoch.to_json()
     stats: dict[str, Any] = document["stats"]

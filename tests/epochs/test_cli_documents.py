@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
-import re
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from epochs.cli import COMMANDS, cli, failures
+from epochs.cli import COMMANDS
+from tests.json_fields import printed, rows, top_level
 
-ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_DOCUMENT = {"console", "completion"}  # they pass bytes on, and say so in docs/json.md
-
-
-def rows() -> dict[str, str]:
-    """Command to the second cell of its row."""
-    text = (ROOT / "docs" / "json.md").read_text().split("\n## ", 1)[0]
-    found = re.findall(r"^\| (`[a-z`, -]+`) \| (.*) \|$", text, re.MULTILINE)
-    return {name: cell for names, cell in found for name in re.findall(r"`([\w-]+)`", names)}
-
-
-def top_level(cell: str) -> set[str]:
-    """The document's own keys: what stands in front of any colon, bracket or dot."""
-    outside = re.sub(r"\([^)]*\)", "", cell)
-    outside = re.sub(r": list of [^;]*", "", outside)
-    return {name.split(".")[0] for name in re.findall(r"`([\w.]+)`", outside)}
-
-
-def printed(store: Path, *arguments: str) -> Any:
-    shown = io.StringIO()
-    with redirect_stdout(shown):
-        failures.run(cli, ["--json", "--store", str(store), *arguments])
-    return json.loads(shown.getvalue())
 
 
 def test_every_command_has_its_row() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from epochs.errors import EpochsError, UsageError
 from epochs.qemu.agent import CommandLate
 
 if TYPE_CHECKING:
-    from epochs.api import Machine
+    from epochs.api import Epoch, Machine
 
 TIMED_OUT, NOT_RUN = 124, 125  # as of timeout(1)
 STOPPED_BY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -120,12 +121,24 @@ def guard(machine: Machine, command: list[str], *, in_guest: bool = False,
         status, undone = run.all(command, check)
         if undone is None:
             return Guarded(machine.name, epoch.id, status, None, None, None)
+        return _go_back(machine, epoch, status, undone, keep_failed)
+
+
+def _go_back(machine: Machine, epoch: Epoch, status: int, undone: str, keep: bool) -> Guarded:
+    """Back in any case: a state that cannot be kept, as a guest has died or there is no space, is
+    given up."""
+    try:
         try:
-            done = machine.rollback(epoch, keep=keep_failed)
+            done = machine.rollback(epoch, keep=keep)
         except EpochsError as error:
-            error.args = (f"{undone}, and machine '{machine.name}' could not go back to epoch "
-                          f"{epoch.id[:12]}: {error}",)
-            raise
+            if not keep:
+                raise
+            undone += f" (its state could not be kept: {error})"
+            done = machine.rollback(epoch, keep=False)
+    except EpochsError as error:
+        error.args = (f"{undone}, and machine '{machine.name}' could not go back to epoch "
+                      f"{epoch.id[:12]}: {error}",)
+        raise
     return Guarded(machine.name, epoch.id, status, undone, done["kept"], done["seconds"])
 
 
@@ -208,13 +221,21 @@ def _write(fd: int, data: bytes) -> None:
 def _end(child: subprocess.Popen[bytes], first: int | None) -> None:
     """Signal it, with what it started; what has not ended after a while is killed. None: it has
     heard already."""
-    for number in (first, signal.SIGKILL):
-        if number is not None:
-            with contextlib.suppress(ProcessLookupError):
-                if os.getpgid(child.pid) == child.pid:
-                    os.killpg(child.pid, number)
-                else:
-                    child.send_signal(number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE)
-            return
+    if child.returncode is not None:
+        return  # it had just ended
+    own_group = os.getpgid(child.pid) == child.pid
+
+    def send(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if own_group else os.kill)(child.pid, number)
+
+    # It is not waited for before the end: until then nobody else gets its number.
+    ended = os.pidfd_open(child.pid)
+    try:
+        if first is not None:
+            send(first)
+        select.select([ended], [], [], GRACE)
+        send(signal.SIGKILL)
+        child.wait()
+    finally:
+        os.close(ended)

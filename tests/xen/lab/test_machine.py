@@ -65,7 +65,7 @@ def test_story(kind: str, boot: Callable[[str], Machine], store: Store, tmp_path
     negative_control(store, web)
 
 
-@pytest.mark.parametrize("kind", ["pvh"])
+@pytest.mark.parametrize("kind", [pytest.param("pv", marks=pytest.mark.whole), "pvh"])
 def test_random_operations(kind: str, boot: Callable[[str], Machine], store: Store,
                            tmp_path: Path, request: pytest.FixtureRequest) -> None:
     model = Model(store, boot(kind), random.Random(20261126), boot_limit=180, machines=2)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
-from epochs.protocol.instances import open_monitor
+from epochs.qemu.connection import open_monitor
 
 MEMORY = 512 * 2**20
 CTL = "/bin/witness-ctl"
@@ -92,7 +92,7 @@ def ready(store: Store, guest: Path) -> Machine:
 
 
 def resident(machine: Machine, store: Store) -> float:
-    return machine.create("resident").stats["pages_resident"] * 4096 / MIB
+    return float(machine.create("resident").stats["pages_resident"] * 4096 / MIB)
 
 
 def private_kib(pid: int) -> int:

@@ -92,8 +92,12 @@ def story(store: Store, guest: Path) -> None:
         memory=MEMORY, cpus=2, disks=(DiskSpec("root", str(guest / "root.img"), "raw"),),
         kernel=str(guest / "vmlinuz"), initrd=str(guest / "initrd"),
         append=(guest / "append").read_text().strip()))
-    timed("start (Debian, systemd, PostgreSQL, until the guest agent answers)",
-          lambda: (web.start(), web.wait_agent(180)))
+
+    def boot() -> None:
+        web.start()
+        web.wait_agent(180)
+
+    timed("start (Debian, systemd, PostgreSQL, until the guest agent answers)", boot)
     print("   " + run(web, ["/bin/sh", "-c", ". /etc/os-release; echo $PRETTY_NAME, $(uname -r)"]))
 
     step("Rows in PostgreSQL, a nonce in RAM only, and a workload that keeps writing")

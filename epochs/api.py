@@ -29,10 +29,12 @@ from epochs import graph
 from epochs import guard as guarding
 from epochs.catalog import EpochRecord, MachineRecord, MountRecord
 from epochs.errors import Failed, Refused, UsageError
+from epochs.fixup import Fixup, Wishes
 from epochs.hypervisor import Progress, hypervisor, no_progress
 from epochs.protocol import create as creation
 from epochs.protocol import delete as deletion
 from epochs.protocol import diff as difference
+from epochs.protocol import fixup as fixing
 from epochs.protocol import instances, lifecycle, recover, switch, upkeep
 from epochs.protocol import mounts as mounting
 from epochs.protocol import pools as pooling
@@ -46,6 +48,7 @@ from epochs.spec import XEN, DiskSpec, MachineSpec
 from epochs.store import Notice, StoreFiles, silent
 from epochs.xen import takeover
 
+NO_WISHES = Wishes()
 AGENT_LIMIT = 30.0  # seconds the guest agent may take to answer
 
 
@@ -110,6 +113,7 @@ class Machine:
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
         self.name = name
+        self.fixup: Fixup | None = None  # of the fork that made it, for who called that
 
     @property
     def record(self) -> MachineRecord:
@@ -152,10 +156,11 @@ class Machine:
                                    flat=flat, progress=progress)
         return Epoch(self._store, made)
 
-    def rollback(self, epoch: Epoch | str | None = None, *, keep: bool = True,
+    def rollback(self, epoch: Epoch | str | None = None, *, keep: bool = True, fixup: bool = True,
                  progress: Progress = no_progress) -> dict[str, Any]:
-        """Back to ``epoch`` (default: the head). Returns the id of the kept epoch, if any, and
-        the seconds from the call to the guest running."""
+        """Back to ``epoch`` (default: the head). Returns the id of the kept epoch, if any, the
+        seconds from the call to the guest running, and what was done in the guest then
+        (:class:`epochs.fixup.Fixup`). Without ``fixup`` it is left alone: it does not notice."""
         with self._store.locked(self.name) as record:
             if epoch is None:
                 if record.head is None:
@@ -163,8 +168,10 @@ class Machine:
                 epoch = record.head
             target = self._store.epoch(epoch)
             done = switch.rollback(self._store.files, record, target.record, keep=keep,
-                                   progress=progress)
-        return {"machine": self.name, "epoch": target.id, **done}
+                                   same_generation=not fixup, progress=progress)
+        told = fixing.fix_up(self._store.files, [self.record], "rollback", target.id, Wishes()
+                             ) if fixup else [None]
+        return {"machine": self.name, "epoch": target.id, **done, "fixup": told[0]}
 
     def guard(self, command: list[str], *, in_guest: bool = False, timeout: float | None = None,
               check: str | None = None, keep_failed: bool = False, stdout: int = 1
@@ -346,16 +353,25 @@ class Store:
         machine.rollback(epoch.id, keep=False)
         return machine
 
-    def fork(self, epoch: Epoch | str, name: str, *, paused: bool = False) -> Machine:
-        """A new machine from an epoch."""
-        return self.fork_many(epoch, [name], paused=paused)[0]
+    def fork(self, epoch: Epoch | str, name: str, *, paused: bool = False, fixup: bool = True,
+             wishes: Wishes = NO_WISHES) -> Machine:
+        """A new machine from an epoch; see :meth:`fork_many`."""
+        return self.fork_many(epoch, [name], paused=paused, fixup=fixup, wishes=wishes)[0]
 
-    def fork_many(self, epoch: Epoch | str, names: list[str], *,
-                  paused: bool = False) -> list[Machine]:
-        """Several at once, all or none."""
+    def fork_many(self, epoch: Epoch | str, names: list[str], *, paused: bool = False,
+                  fixup: bool = True, wishes: Wishes = NO_WISHES) -> list[Machine]:
+        """Several at once, all or none. What was done in each guest is in the ``fixup`` of the
+        machines; without ``fixup`` they are left alone, and do not notice."""
         self.settle()
-        machines = switch.fork(self.files, self.epoch(epoch).record, names, paused=paused)
-        return [Machine(self, machine.name) for machine in machines]
+        found = self.epoch(epoch)
+        records = switch.fork(self.files, found.record, names, paused=paused,
+                              same_generation=not fixup)
+        machines = [Machine(self, record.name) for record in records]
+        if fixup:
+            for machine, told in zip(machines, fixing.fix_up(
+                    self.files, records, "fork", found.id, wishes), strict=True):
+                machine.fixup = told
+        return machines
 
     # -- pools -------------------------------------------------------------------------------------
     def pools(self) -> list[pooling.PoolState]:

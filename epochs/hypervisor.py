@@ -23,6 +23,7 @@ from epochs.catalog import (
     JournalRecord,
     MachineRecord,
 )
+from epochs.fixup import Fixup, Wishes
 from epochs.spec import XEN, DiskSpec, MachineSpec
 from epochs.store import StoreFiles
 from memsave import Image, WriteResult
@@ -90,13 +91,15 @@ class Laps:
 @dataclass(frozen=True)
 class Launch:
     """What an instance is made of: disks that are there already, each with its chain, and an epoch,
-    or None to boot. ``fork``: it gets an identity of its own. ``layers``: those that are new."""
+    or None to boot. ``fork``: it gets an identity of its own. ``same_generation``: the guest is not
+    to notice that it is another one. ``layers``: those that are new."""
 
     machine: MachineRecord
     disks: list[DiskRecord]
     target: Target
     epoch: EpochRecord | None
     fork: bool
+    same_generation: bool
     layers: dict[str, Layer]
     chains: dict[str, list[Layer]]
     clock: Laps
@@ -212,6 +215,11 @@ class Hypervisor(ABC):
     def alone(self, store: StoreFiles,  # noqa: B027 - most have nothing to do
               machine: MachineRecord, instance_id: str) -> None:
         """The instance is now its machine's only one: take over what there is once."""
+
+    @abstractmethod
+    def fix_up(self, store: StoreFiles, machine: MachineRecord, instance: InstanceRecord,
+               event: str, epoch: str, wishes: Wishes) -> Fixup:
+        """Tell a running guest that it goes on from an epoch, by "rollback" or "fork"."""
 
     @abstractmethod
     def go_on(self, store: StoreFiles, instance: InstanceRecord, *,

@@ -48,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--epochs-report", metavar="FILE", type=Path,
                     help="write the seconds of each reset and fork there, as JSON")
     parser.addini("epochs_epoch", "epoch for tests without a marker of their own")
+    parser.addini("epochs_fixup", "set the guest's clock and renew its random numbers after each "
+                  "reset (default: no, so that each begins exactly as the epoch was)", type="bool")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,8 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
 class Harness:
     """The forks of this process, one for each epoch that tests asked for."""
 
-    def __init__(self, store: Store, times: Times) -> None:
-        self.store, self.times = store, times
+    def __init__(self, store: Store, times: Times, fixup: bool) -> None:
+        self.store, self.times, self._fixup = store, times, fixup
         self.kept: set[str] = set()
         self._machines: dict[str, Machine] = {}
         self._count = 0
@@ -75,7 +77,7 @@ class Harness:
             began = time.perf_counter()
             with contextlib.suppress(NotFound):  # a test may have removed it
                 self._forget_epochs(machine)
-                machine.rollback(epoch, keep=False)
+                machine.rollback(epoch, keep=False, fixup=self._fixup)
                 self.times["resets"].append(time.perf_counter() - began)
                 return machine
         self._machines[epoch.id] = self.fork(epoch)
@@ -87,7 +89,8 @@ class Harness:
             self._sweep()
         self._count += 1
         began = time.perf_counter()
-        machine = self.store.fork(epoch, NAME.format(pid=os.getpid(), number=self._count))
+        machine = self.store.fork(epoch, NAME.format(pid=os.getpid(), number=self._count),
+                                  fixup=self._fixup)
         self.times["forks"].append(time.perf_counter() - began)
         return machine
 
@@ -144,7 +147,8 @@ def epochs_store(pytestconfig: pytest.Config) -> Iterator[Store]:
 
 @pytest.fixture(scope="session")
 def _epochs_harness(pytestconfig: pytest.Config, epochs_store: Store) -> Iterator[Harness]:
-    harness = Harness(epochs_store, pytestconfig.stash[TIMES])
+    harness = Harness(epochs_store, pytestconfig.stash[TIMES],
+                      bool(pytestconfig.getini("epochs_fixup")))
     pytestconfig.stash[HARNESS] = harness
     try:
         yield harness

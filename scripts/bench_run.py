@@ -128,7 +128,7 @@ def idle_create(machine: Machine, label: str, count: int) -> dict[str, list[floa
 
 
 def rollbacks(machine: Machine, epoch: Epoch, count: int) -> list[float]:
-    return [machine.rollback(epoch, keep=False)["seconds"] * 1e3 for _ in range(count)]
+    return [machine.rollback(epoch, keep=False, fixup=False)["seconds"] * 1e3 for _ in range(count)]
 
 
 def fork_times(store: Store, epoch: Epoch, count: int) -> list[float]:
@@ -136,7 +136,7 @@ def fork_times(store: Store, epoch: Epoch, count: int) -> list[float]:
     found = []
     for number in range(count):
         began = time.perf_counter()
-        fork = store.fork(epoch, f"timed-{number}")
+        fork = store.fork(epoch, f"timed-{number}", fixup=False)
         found.append((time.perf_counter() - began) * 1e3)
         fork.remove(force=True)
     return found
@@ -166,7 +166,7 @@ def many_forks(store: Store, epoch: Epoch, count: int) -> None:
     forks: list[Machine] = []
 
     def start() -> None:
-        forks.extend(store.fork_many(epoch, names))
+        forks.extend(store.fork_many(epoch, names, fixup=False))
 
     add(f"{count} forks running", [timed(start)], "s", 3.0, 0.8)
     for fork in forks:
@@ -183,7 +183,7 @@ def many_forks(store: Store, epoch: Epoch, count: int) -> None:
 
 def blank_process_kib(store: Store, epoch: Epoch) -> int:
     """Private dirty memory of a fork that never ran."""
-    held = store.fork(epoch, "held", paused=True)
+    held = store.fork(epoch, "held", paused=True, fixup=False)
     try:
         return anonymous_kib(pid(held))
     finally:

@@ -129,7 +129,7 @@ def story(store: Store, guest: Path) -> None:
     check("the guest is bricked: nothing starts any more", not starts_anything(web))
 
     step("epochs rollback web@before-upgrade --discard")
-    timed("rollback, until the guest runs",
+    timed("rollback, until the guest runs and has the time",
           lambda: web.rollback("web@before-upgrade", keep=False))
     check("programs start again", starts_anything(web))
     check("the nonce is still in RAM: resumed, not rebooted", nonce(web) == word, nonce(web))

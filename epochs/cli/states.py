@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,7 +10,26 @@ from epochs.cli import output
 from epochs.cli.machines import machine_argument
 from epochs.cli.output import complete_epoch, emit, opened
 
+if TYPE_CHECKING:
+    from epochs.fixup import Fixup
+
 MAX_FORKS = 1000
+
+no_fixup = click.option(
+    "--fixup/--no-fixup", default=True,
+    help="Through its agent set the guest's clock, renew its random numbers, and run its "
+         "/etc/epochs/fixup (the default), or leave it alone.")
+
+
+def tell(fixup: Fixup | None) -> None:
+    """Say what was not done in a guest."""
+    if fixup is None or not fixup.missed:
+        return
+    reasons: dict[str, list[str]] = {}
+    for name, why in fixup.missed:
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        output.notice(f"not done in the guest of '{fixup.machine}': {', '.join(names)} ({why})")
 
 
 @click.command("create")
@@ -42,15 +61,21 @@ def create_command(ctx: click.Context, name: str, message: str, tags: tuple[str,
 @click.argument("epoch", required=False, shell_complete=complete_epoch)
 @click.option("--keep/--discard", "keep", default=True,
               help="Seal the present state as an epoch first (the default), or give it up.")
+@no_fixup
 @click.pass_context
-def rollback_command(ctx: click.Context, name: str, epoch: str | None, keep: bool) -> None:
+def rollback_command(ctx: click.Context, name: str, epoch: str | None, keep: bool,
+                     fixup: bool) -> None:
     """Put a machine back to EPOCH (default: its newest). It goes on from there."""
     with opened(ctx) as store, output.progress(ctx) as progress:
         if epoch is None and "@" in name:  # "rollback web@tag" names both
             name, epoch = name.partition("@")[0], name
-        done = store.machine(name).rollback(epoch, keep=keep, progress=progress)
+        done = store.machine(name).rollback(epoch, keep=keep, fixup=fixup,
+                                            progress=progress)
     kept = f"; its state until now is epoch {done['kept'][:12]}" if done["kept"] else ""
-    emit(ctx, done, f"machine '{name}' is back at epoch {done['epoch'][:12]} after "
+    told: Fixup | None = done["fixup"]
+    tell(told)
+    emit(ctx, {**done, "fixup": told.to_json() if told else None},
+         f"machine '{name}' is back at epoch {done['epoch'][:12]} after "
          f"{done['seconds'] * 1e3:.0f} ms{kept}")
 
 
@@ -60,15 +85,27 @@ def rollback_command(ctx: click.Context, name: str, epoch: str | None, keep: boo
 @click.option("--count", type=click.IntRange(1, MAX_FORKS),
               help="Start so many, called NEWNAME-1, NEWNAME-2, ...")
 @click.option("--paused", is_flag=True, help="Leave them paused.")
+@click.option("--hostname", is_flag=True, help="Make each one's name its guest's host name.")
+@click.option("--machine-id", is_flag=True, help="Give each guest an /etc/machine-id of its own.")
+@no_fixup
 @click.pass_context
 def fork_command(ctx: click.Context, epoch: str, newname: str, count: int | None,
-                 paused: bool) -> None:
+                 paused: bool, hostname: bool, machine_id: bool, fixup: bool) -> None:
     """Start new machines from an epoch, sharing its memory and disks copy-on-write."""
     names = [newname] if count is None else [f"{newname}-{n}" for n in range(1, count + 1)]
+    from epochs.fixup import Wishes
+
+    if not fixup and (hostname or machine_id):
+        raise click.UsageError("--no-fixup leaves the guest alone, so it goes with neither "
+                               "--hostname nor --machine-id")
     with opened(ctx) as store:
         source = store.epoch(epoch).id
-        machines = store.fork_many(source, names, paused=paused)
+        machines = store.fork_many(source, names, paused=paused, fixup=fixup,
+                                   wishes=Wishes(hostname, machine_id))
         found = [machine.status() for machine in machines]
-    emit(ctx, {"epoch": source, "machines": found},
+    for machine in machines:
+        tell(machine.fixup)
+    emit(ctx, {"epoch": source, "machines": found,
+               "fixups": [machine.fixup.to_json() for machine in machines if machine.fixup]},
          "\n".join(f"machine '{one['name']}' forked from epoch {source[:12]} ({one['state']})"
                    for one in found))

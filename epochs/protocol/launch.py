@@ -27,9 +27,10 @@ def new_target(store: StoreFiles, machine_id: str, disks: list[DiskRecord], *,
 
 
 def launch(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], target: Target,
-           epoch: EpochRecord | None, *, fork: bool = False) -> Ready:
+           epoch: EpochRecord | None, *, fork: bool = False,
+           same_generation: bool = False) -> Ready:
     """Make an instance ready: of ``epoch``, or cold from the machine's present disks. ``fork``: it
-    gets an identity of its own.
+    gets an identity of its own. ``same_generation``: it keeps the epoch's generation id.
 
     Raises Incompatible, HypervisorDied, memsave.MemoryDamaged …; whatever was created until then
     is still there, to be removed with :func:`undo`.
@@ -45,7 +46,8 @@ def launch(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], t
     with ThreadPoolExecutor(1, "epochs-sync") as beside:
         durable = beside.submit(_make_durable, store, layers)
         ready = hypervisor(machine.spec).launch(
-            store, Launch(machine, disks, target, epoch, fork, layers, chains, clock))
+            store, Launch(machine, disks, target, epoch, fork, same_generation, layers, chains,
+                          clock))
         try:
             durable.result()
         except BaseException:

@@ -80,8 +80,9 @@ def start(store: StoreFiles, machine: MachineRecord) -> str:
 
 
 def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, keep: bool,
-             progress: Progress = no_progress) -> dict[str, Any]:
+             same_generation: bool = False, progress: Progress = no_progress) -> dict[str, Any]:
     """Put the machine back to ``epoch``; ``keep`` first seals its present state as an epoch.
+    ``same_generation``: its guest is not to notice.
 
     The caller holds the machine's lock. Returns {"kept": id or None, "seconds": …, "steps": …}.
     """
@@ -111,7 +112,8 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                      old_layers=[disk.active for disk in disks if disk.active])
         with operation(store, "rollback", machine.id, plan, undo) as under_way:
             points.hit("rollback.intended")
-            ready = launch.launch(store, machine, disks, target, epoch)
+            ready = launch.launch(store, machine, disks, target, epoch,
+                                  same_generation=same_generation)
             with ready:
                 points.hit("rollback.prepared")
                 with _ready_to_take_over(store, machine, ready, disks, old, running), \
@@ -158,8 +160,9 @@ def _check_same_disks(store: StoreFiles, machine: MachineRecord, disks: list[Dis
 
 
 def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
-         paused: bool = False) -> list[MachineRecord]:
-    """New machines from an epoch, all or none; running unless ``paused``."""
+         paused: bool = False, same_generation: bool = False) -> list[MachineRecord]:
+    """New machines from an epoch, all or none; running unless ``paused``. ``same_generation``:
+    their guests are not to notice."""
     for name in names:
         check_name(name)
         if store.catalog.find_machine(name) is not None or names.count(name) > 1:
@@ -184,7 +187,7 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
             points.hit("fork.intended")
             for machine in machines:
                 make_directory(store.machine_dir(machine.id))
-            launched = _launch_all(store, machines, disks, targets, epoch)
+            launched = _launch_all(store, machines, disks, targets, epoch, same_generation)
             try:
                 points.hit("fork.prepared")
                 with store.catalog.transaction():
@@ -215,17 +218,20 @@ def _refuse_forks(store: StoreFiles, epoch: EpochRecord) -> None:
 
 
 def _launch_all(store: StoreFiles, machines: list[MachineRecord], disks: list[DiskRecord],
-                targets: list[Target], epoch: EpochRecord) -> list[Ready]:
+                targets: list[Target], epoch: EpochRecord,
+                same_generation: bool) -> list[Ready]:
     """Launch several instances side by side; on failure the ready ones are closed again."""
     def one(machine: MachineRecord, target: Target) -> Ready:
         own = StoreFiles(store.path, store.notice)  # SQLite connections stay in their thread
         try:
-            return launch.launch(own, machine, disks, target, epoch, fork=True)
+            return launch.launch(own, machine, disks, target, epoch, fork=True,
+                                 same_generation=same_generation)
         finally:
             own.close()
 
     if len(machines) == 1:
-        return [launch.launch(store, machines[0], disks, targets[0], epoch, fork=True)]
+        return [launch.launch(store, machines[0], disks, targets[0], epoch, fork=True,
+                              same_generation=same_generation)]
     with ThreadPoolExecutor(SPAWNERS) as pool:
         futures = [pool.submit(one, *pair) for pair in zip(machines, targets, strict=True)]
     failures = [error for future in futures if (error := future.exception())]

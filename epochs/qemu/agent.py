@@ -106,9 +106,13 @@ class Agent:
         self._sock.sendall(json.dumps(message).encode() + b"\n")
 
     def run(self, argv: list[str], *, stdin: bytes | None = None,
-            timeout: float | None = None) -> Completed:
-        """Run a command in the guest and wait for it (``timeout`` in seconds; Failed after it)."""
+            timeout: float | None = None,
+            environment: dict[str, str] | None = None) -> Completed:
+        """Run a command in the guest and wait for it (``timeout`` in seconds; CommandLate after
+        it). ``environment`` is all that it gets of one; None: the agent's."""
         arguments: dict[str, object] = {"path": argv[0], "arg": argv[1:], "capture_output": True}
+        if environment is not None:
+            arguments["env"] = [f"{name}={value}" for name, value in environment.items()]
         if stdin is not None:
             arguments["input_data"] = base64.b64encode(stdin).decode()
         pid = self.execute("guest-exec", **arguments)["pid"]

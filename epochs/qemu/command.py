@@ -123,8 +123,9 @@ def to_option(pairs: Mapping[str, str]) -> str:
 
 
 def compatibility(spec: MachineSpec, qemu: Qemu, accel: str, machine_type: str,
-                  mac: str) -> dict[str, Any]:
-    """What must be equal for an epoch's device state to load, as recorded with the epoch."""
+                  mac: str, generation_id: str) -> dict[str, Any]:
+    """What must be equal for an epoch's device state to load, as recorded with the epoch, and the
+    generation id, which need not."""
     return {
         "qemu": qemu.version,
         "machine_type": machine_type,
@@ -134,9 +135,11 @@ def compatibility(spec: MachineSpec, qemu: Qemu, accel: str, machine_type: str,
         "memory": spec.memory,
         "devices": [*devices(spec, mac), *spec.extra],
         "page_size": PAGE,
+        "generation_id": generation_id,
     }
 
 
+_MAY_DIFFER = ("qemu", "generation_id")
 _WORDS = {"machine_type": "machine type", "cpu_model": "CPU model", "page_size": "page size",
           "cpus": "number of CPUs"}
 
@@ -153,6 +156,6 @@ def check_compatible(epoch: str, recorded: Mapping[str, Any], present: Mapping[s
                            f"loaded by QEMU {present['qemu']}; use a QEMU {'.'.join(release[0])} "
                            "(set $EPOCHS_QEMU)")
     for key in sorted(set(recorded) | set(present)):
-        if key != "qemu" and recorded.get(key) != present.get(key):
+        if key not in _MAY_DIFFER and recorded.get(key) != present.get(key):
             raise Incompatible(f"epoch {epoch} needs {_WORDS.get(key, key)} {recorded.get(key)}, "
                                f"but this would be {present.get(key)}")

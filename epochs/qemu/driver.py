@@ -14,9 +14,10 @@ from blockcow import LiveBlocks
 from epochs.catalog import EpochRecord, InstanceRecord, JournalRecord, MachineRecord
 from epochs.durable import write_file
 from epochs.errors import EpochsError, Failed, HypervisorDied, Refused
+from epochs.fixup import Fixup, Wishes
 from epochs.hypervisor import Hypervisor, Launch, Sealed, State, Work
 from epochs.processes import boot_id, working_in
-from epochs.qemu import agent, binary, connection, seal
+from epochs.qemu import agent, binary, connection, fixup, seal
 from epochs.qemu.connection import HELD, open_monitor
 from epochs.qemu.launch import ReadyQemu, launch
 from epochs.qemu.monitor import connect_unix
@@ -66,6 +67,10 @@ class QemuDriver(Hypervisor):
             except TimeoutError as error:
                 raise EpochsError(f"QEMU of instance {instance_id[:12]} cannot be ended: "
                                   f"{error}") from error
+
+    def fix_up(self, store: StoreFiles, machine: MachineRecord, instance: InstanceRecord,
+               event: str, epoch: str, wishes: Wishes) -> Fixup:
+        return fixup.apply(store, machine, instance, event, epoch, wishes)
 
     def go_on(self, store: StoreFiles, instance: InstanceRecord, *,
               only_held: bool = False) -> None:

@@ -42,8 +42,10 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
     disks, chains, clock = wanted.disks, wanted.chains, wanted.clock
     directory = store.instance_dir(target.instance)
     qemu = binary.find(machine.spec.qemu)
+    generation_id = (str(epoch.compatibility["generation_id"])
+                     if epoch is not None and wanted.same_generation else str(uuid.uuid4()))
     compatibility = command.compatibility(machine.spec, qemu, machine.accel, machine.machine_type,
-                                          machine.mac)
+                                          machine.mac, generation_id)
     packs = memsave.PackStore(store.packs_dir)
     image: memsave.Image | None = None
     state_fd: int | None = None
@@ -71,7 +73,7 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
                 machine_type=machine.machine_type, mac=machine.mac, image=ram, nodes=nodes,
                 blockdevs=blockdevs, sockets=sockets,
                 console_log=store.console_log(machine.id),
-                generation_id=str(uuid.uuid4()), incoming=epoch is not None),
+                generation_id=generation_id, incoming=epoch is not None),
             {"LD_PRELOAD": str(memsave.preload_library())},
             pass_fds=() if state_fd is None else (state_fd,))
         points.hit("launch.spawned")

@@ -22,6 +22,7 @@ from epochs.catalog import (
     MachineRecord,
 )
 from epochs.errors import Failed, Incompatible, Refused, UsageError
+from epochs.fixup import Fixup, Wishes
 from epochs.hypervisor import DIED, Hypervisor, Launch, Ready, Sealed, State, Work
 from epochs.processes import working_in
 from epochs.spec import XEN, DiskSpec, MachineSpec
@@ -127,6 +128,10 @@ class XenDriver(Hypervisor):
             found = host.find(domains.who(instance_id))
             if found is not None and host.name(found.domid) != machine.name:
                 toolstack.rename(found.domid, machine.name, store.instance_dir(instance_id))
+
+    def fix_up(self, store: StoreFiles, machine: MachineRecord, instance: InstanceRecord,
+               event: str, epoch: str, wishes: Wishes) -> Fixup:
+        return Fixup.nothing(machine.name, "a domain of Xen has no guest agent", wishes)
 
     def go_on(self, store: StoreFiles, instance: InstanceRecord, *,
               only_held: bool = False) -> None:

@@ -53,12 +53,16 @@ class Model:
             self.set_nonce(machine)
         self.sealed[machine.create().id] = self.nonce[machine.name]
 
+    def told(self) -> bool:
+        """Whether a guest is told that it goes on from an epoch: now and then, as it takes long."""
+        return self.random.random() < 0.2
+
     def rollback(self) -> None:
         if not self.sealed:
             return
         machine = self.pick()
         epoch = self.random.choice(sorted(self.sealed))
-        done = machine.rollback(epoch, keep=self.random.random() < 0.3)
+        done = machine.rollback(epoch, keep=self.random.random() < 0.3, fixup=self.told())
         if done["kept"]:
             self.sealed[done["kept"]] = self.nonce[machine.name]
         self.nonce[machine.name] = self.sealed[epoch]
@@ -74,11 +78,11 @@ class Model:
         self.forks += 1
         if not self.can_fork:
             try:
-                self.store.fork(epoch, f"fork-{self.forks}")
+                self.store.fork(epoch, f"fork-{self.forks}", fixup=self.told())
             except Refused:
                 return
             raise AssertionError("a fork that was to be refused")
-        machine = self.store.fork(epoch, f"fork-{self.forks}")
+        machine = self.store.fork(epoch, f"fork-{self.forks}", fixup=self.told())
         self.machines[machine.name] = machine
         self.nonce[machine.name] = self.sealed[epoch]
         self.check(machine)
@@ -134,6 +138,6 @@ class Model:
             check_disks(self.store, epoch, scratch)
         web = self.machines["web"]
         for epoch_id, nonce in sorted(self.sealed.items()):
-            web.rollback(epoch_id, keep=False)
+            web.rollback(epoch_id, keep=False, fixup=False)
             self.nonce["web"] = nonce
             self.check(web)

@@ -39,6 +39,15 @@ class Artefacts:
             append=(self.directory / "append").read_text().strip())
 
 
+def debian_spec(directory: Path, cpus: int = 2) -> MachineSpec:
+    """The Debian guest that scripts/guests/build-debian made there."""
+    return MachineSpec(
+        memory=2**30, cpus=cpus, accel="tcg",
+        disks=(DiskSpec("root", str(directory / "root.img"), "raw"),),
+        kernel=str(directory / "vmlinuz"), initrd=str(directory / "initrd"),
+        append=(directory / "append").read_text().strip())
+
+
 class WitnessFailed(AssertionError):
     """The witness inside the guest saw memory and disk disagree, or does not answer."""
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from epochs import DiskSpec, Machine, MachineSpec, Store
+from epochs import Machine, Store
 
 from .conftest import required
+from .guest import debian_spec
 from .oracle import assert_same_memory, image_of, memory_of_the_pause
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
@@ -22,12 +23,7 @@ LOAD = (f"while :; do {PSQL} -c \"insert into work(note) select md5(random()::te
 
 @pytest.fixture
 def debian(store: Store) -> Iterator[Machine]:
-    guest = required("EPOCHS_DEBIAN")
-    web = store.add("web", MachineSpec(
-        memory=2**30, cpus=2, accel="tcg",
-        disks=(DiskSpec("root", str(guest / "root.img"), "raw"),),
-        kernel=str(guest / "vmlinuz"), initrd=str(guest / "initrd"),
-        append=(guest / "append").read_text().strip()))
+    web = store.add("web", debian_spec(required("EPOCHS_DEBIAN")))
     web.start()
     web.wait_agent(180)
     run(web, "until pg_isready -q; do sleep 0.2; done")

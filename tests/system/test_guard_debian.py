@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from epochs import DiskSpec, Machine, MachineSpec, Store
+from epochs import Machine, Store
 
 from .conftest import required
-from .guest import run_cli, wait_console
+from .guest import debian_spec, run_cli, wait_console
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
@@ -30,12 +30,7 @@ def any_qemu() -> str:
 
 @pytest.fixture
 def web(store: Store, any_qemu: str) -> Iterator[Machine]:
-    guest = required("EPOCHS_DEBIAN")
-    web = store.add("web", MachineSpec(
-        memory=2**30, cpus=2, accel="tcg",
-        disks=(DiskSpec("root", str(guest / "root.img"), "raw"),),
-        kernel=str(guest / "vmlinuz"), initrd=str(guest / "initrd"),
-        append=(guest / "append").read_text().strip()))
+    web = store.add("web", debian_spec(required("EPOCHS_DEBIAN")))
     web.start()
     web.wait_agent(180)
     inside(web, "until pg_isready -q; do sleep 0.2; done")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
+from epochs import Epoch, Machine, Store
 from epochs.fixup import DONE, HOOK, Wishes
 from epochs.qemu.fixup import machine_id
 
 from .conftest import required
-from .guest import Artefacts, cli_json, run_cli, wait_console, wait_witness
+from .guest import Artefacts, cli_json, debian_spec, run_cli, wait_console, wait_witness
 
 pytestmark = pytest.mark.guest
 
@@ -87,12 +87,7 @@ def test_random_numbers_by_generation_id(store: Store, trixie: Machine) -> None:
 def debian(store: Store) -> Iterator[Machine]:
     """Debian 12, whose kernel knows nothing of generation ids, with an agent. One CPU: each has a
     generator of its own."""
-    guest = required("EPOCHS_DEBIAN")
-    web = store.add("web", MachineSpec(
-        memory=2**30, cpus=1, accel="tcg",
-        disks=(DiskSpec("root", str(guest / "root.img"), "raw"),),
-        kernel=str(guest / "vmlinuz"), initrd=str(guest / "initrd"),
-        append=(guest / "append").read_text().strip()))
+    web = store.add("web", debian_spec(required("EPOCHS_DEBIAN"), cpus=1))
     web.start()
     web.wait_agent(180)
     yield web

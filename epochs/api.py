@@ -20,6 +20,7 @@ belongs to the thread that made it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -157,10 +158,11 @@ class Machine:
         return Epoch(self._store, made)
 
     def rollback(self, epoch: Epoch | str | None = None, *, keep: bool = True, fixup: bool = True,
-                 progress: Progress = no_progress) -> dict[str, Any]:
+                 running: bool | None = None, progress: Progress = no_progress) -> dict[str, Any]:
         """Back to ``epoch`` (default: the head). Returns the id of the kept epoch, if any, the
         seconds from the call to the guest running, and what was done in the guest then
-        (:class:`epochs.fixup.Fixup`). Without ``fixup`` it is left alone: it does not notice."""
+        (:class:`epochs.fixup.Fixup`). Without ``fixup`` it is left alone: it does not notice.
+        ``running``: whether it goes on then, or None: if it is not paused now."""
         with self._store.locked(self.name) as record:
             if epoch is None:
                 if record.head is None:
@@ -168,10 +170,15 @@ class Machine:
                 epoch = record.head
             target = self._store.epoch(epoch)
             done = switch.rollback(self._store.files, record, target.record, keep=keep,
-                                   same_generation=not fixup, progress=progress)
+                                   same_generation=not fixup, running=running,
+                                   progress=progress)
         told = fixing.fix_up(self._store.files, [self.record], "rollback", target.id, Wishes()
                              ) if fixup else [None]
         return {"machine": self.name, "epoch": target.id, **done, "fixup": told[0]}
+
+    def needed(self, epoch: Epoch) -> AbstractContextManager[None]:
+        """While in this block, an epoch can be neither deleted nor pruned."""
+        return self._store.files.needed(epoch.id)
 
     def guard(self, command: list[str], *, in_guest: bool = False, timeout: float | None = None,
               check: str | None = None, keep_failed: bool = False, stdout: int = 1

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from epochs.errors import EpochsError, UsageError
+from epochs.errors import Failed, UsageError
+from epochs.fixup import Fixup
+from epochs.hypervisor import RUNNING
 from epochs.qemu.agent import CommandLate
 
 if TYPE_CHECKING:
@@ -38,14 +40,16 @@ class Guarded:
     """``status``: what the caller ends with: the command's exit status, the check's if only that
     failed, 124 after the time limit, 125 if it could not be run, 128 + signal if we were told to
     stop. ``undone``: why the machine is back at the epoch, or None. ``failed``: the epoch of the
-    state that was given up, if it was to be kept. ``seconds`` that the rollback took, or None."""
+    state that was given up, if it was to be kept. ``seconds`` that the rollback took, or None.
+    ``fixup``: what the guest was told then, or None."""
 
     machine: str
     epoch: str
     status: int
     undone: str | None
-    failed: str | None
-    seconds: float | None
+    failed: str | None = None
+    seconds: float | None = None
+    fixup: Fixup | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with the field names of docs/json.md."""
@@ -116,30 +120,32 @@ def guard(machine: Machine, command: list[str], *, in_guest: bool = False,
     _refuse(machine, command, in_guest, timeout)
     signals = _Signals()
     with signals.held():
+        running = machine.status()["state"] == RUNNING
         epoch = machine.create(f"before {' '.join(command)}"[:200])
-        run = _Run(machine, in_guest, signals, timeout, stdout)
-        status, undone = run.all(command, check)
-        if undone is None:
-            return Guarded(machine.name, epoch.id, status, None, None, None)
-        return _go_back(machine, epoch, status, undone, keep_failed)
+        with machine.needed(epoch):  # nobody prunes it meanwhile
+            run = _Run(machine, in_guest, signals, timeout, stdout)
+            status, undone = run.all(command, check)
+            if undone is None:
+                return Guarded(machine.name, epoch.id, status, None)
+            return _go_back(machine, epoch, status, undone, keep_failed, running)
 
 
-def _go_back(machine: Machine, epoch: Epoch, status: int, undone: str, keep: bool) -> Guarded:
+def _go_back(machine: Machine, epoch: Epoch, status: int, undone: str, keep: bool,
+             running: bool) -> Guarded:
     """Back in any case: a state that cannot be kept, as a guest has died or there is no space, is
     given up."""
-    try:
+    kept: str | None = None
+    if keep:
         try:
-            done = machine.rollback(epoch, keep=keep)
-        except EpochsError as error:
-            if not keep:
-                raise
+            kept = machine.create(f"failed: {epoch.message.removeprefix('before ')}").id
+        except Exception as error:  # whatever it is, going back is what we are here for
             undone += f" (its state could not be kept: {error})"
-            done = machine.rollback(epoch, keep=False)
-    except EpochsError as error:
-        error.args = (f"{undone}, and machine '{machine.name}' could not go back to epoch "
-                      f"{epoch.id[:12]}: {error}",)
-        raise
-    return Guarded(machine.name, epoch.id, status, undone, done["kept"], done["seconds"])
+    try:
+        done = machine.rollback(epoch, keep=False, running=running)
+    except Exception as error:
+        raise Failed(f"{undone}, and machine '{machine.name}' could not go back to epoch "
+                     f"{epoch.id[:12]}: {error}") from error
+    return Guarded(machine.name, epoch.id, status, undone, kept, done["seconds"], done["fixup"])
 
 
 def _refuse(machine: Machine, command: list[str], in_guest: bool, timeout: float | None) -> None:
@@ -175,7 +181,7 @@ class _Run:
             return 128 + told.number, f"{signal.Signals(told.number).name} came"
         except _Late:
             return TIMED_OUT, f"it took more than {self._limit:g} s"
-        except (EpochsError, OSError) as error:
+        except Exception as error:  # whatever it is, it is not known to have gone well
             return NOT_RUN, str(error)
         return 0, None
 
@@ -188,8 +194,10 @@ class _Run:
                 done = self._machine.exec(command, timeout=self._left())
         except CommandLate:
             raise _Late from None
-        _write(self._stdout, done.stdout)
-        _write(2, done.stderr)
+        # Nobody may want to read that any more, which says nothing of the command.
+        with contextlib.suppress(BrokenPipeError):
+            _write(self._stdout, done.stdout)
+            _write(2, done.stderr)
         return done.status
 
     def _here(self, command: list[str]) -> int:
@@ -226,7 +234,8 @@ def _end(child: subprocess.Popen[bytes], first: int | None) -> None:
     own_group = os.getpgid(child.pid) == child.pid
 
     def send(number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        # Of one that became another user (sudo) nothing but waiting is left.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             (os.killpg if own_group else os.kill)(child.pid, number)
 
     # It is not waited for before the end: until then nobody else gets its number.

@@ -29,8 +29,8 @@ import pytest
 if TYPE_CHECKING:
     from epochs.api import Epoch, Machine, Store
 
-NAME = "pytest-{pid}-{number}"
-OURS = re.compile(r"pytest-(\d+)-\d+")
+NAME = "pytest-{process}-{number}"
+OURS = re.compile(r"pytest-(\d+)-(\d+)-\d+")  # pid, and when it began, as /proc has it
 
 Times = dict[str, list[float]]  # "resets" and "forks": seconds of each
 TIMES = pytest.StashKey[Times]()
@@ -77,7 +77,7 @@ class Harness:
             began = time.perf_counter()
             with contextlib.suppress(NotFound):  # a test may have removed it
                 self._forget_epochs(machine)
-                machine.rollback(epoch, keep=False, fixup=self._fixup)
+                machine.rollback(epoch, keep=False, fixup=self._fixup, running=True)
                 self.times["resets"].append(time.perf_counter() - began)
                 return machine
         self._machines[epoch.id] = self.fork(epoch)
@@ -89,8 +89,8 @@ class Harness:
             self._sweep()
         self._count += 1
         began = time.perf_counter()
-        machine = self.store.fork(epoch, NAME.format(pid=os.getpid(), number=self._count),
-                                  fixup=self._fixup)
+        machine = self.store.fork(epoch, NAME.format(process=_process(os.getpid()),
+                                                     number=self._count), fixup=self._fixup)
         self.times["forks"].append(time.perf_counter() - began)
         return machine
 
@@ -118,22 +118,29 @@ class Harness:
 
         for machine in self.store.machines():
             match = OURS.fullmatch(machine.name)
-            if match is None or Path(f"/proc/{match[1]}").exists():
+            if match is None or _process(int(match[1])) == f"{match[1]}-{match[2]}":
                 continue
             with contextlib.suppress(NotFound, Busy):  # another worker sweeps, too
                 machine.remove(force=True)
 
     def keep(self, machine: Machine, test: str) -> str:
         """Seal the state of a failed test; returns a sentence for its report."""
-        from epochs.errors import EpochsError
-
         try:
             epoch = machine.create(f"failed: {test}"[:200])
-        except EpochsError as error:
+        except Exception as error:  # the test's report is worth more than the reason
             return f"the state of '{machine.name}' was not kept: {error}"
         self.kept.add(epoch.id)
         return (f"the failing state is epoch {epoch.id[:12]}; open it with\n"
                 f"epochs --store {self.store.files.path} fork {epoch.id[:12]} failed")
+
+
+def _process(pid: int) -> str:
+    """A process, told from others of its number: "PID-START"."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return f"{pid}-{stat.rpartition(')')[2].split()[19]}"
 
 
 @pytest.fixture(scope="session")

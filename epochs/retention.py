@@ -49,12 +49,13 @@ class Policy:
 
 @dataclass
 class Decision:
-    """``reasons`` why it is kept; none: it goes. ``needed``: that a rule has no say in it."""
+    """``reasons`` why it is kept; none: it goes. ``firm``: nor does it go for want of space: it is
+    needed, one of the last N, or tagged."""
 
     id: str
     created: float
     reasons: list[str] = field(default_factory=list)
-    needed: bool = False
+    firm: bool = False
 
     @property
     def kept(self) -> bool:
@@ -79,11 +80,12 @@ def decide(epochs: Iterable[Candidate], policy: Policy) -> list[Decision]:
         reasons = decisions[one.id].reasons
         if one.needed is not None:
             reasons.append(one.needed)
-            decisions[one.id].needed = True
         reasons += [f"tag {tag}" for tag in one.tags
                     if any(fnmatch.fnmatchcase(tag, pattern) for pattern in policy.tags)]
     for number, one in enumerate(ordered[:policy.last], start=1):
         decisions[one.id].reasons.append(f"last {number}")
+    for decision in decisions.values():
+        decision.firm = bool(decision.reasons)
     for name, period in PERIODS.items():
         seen: list[tuple[int, ...]] = []
         for one in ordered:

@@ -197,6 +197,29 @@ class StoreFiles:
             if got and not machine_id:
                 (self.path / "locks" / name).unlink(missing_ok=True)
 
+    @contextmanager
+    def needed(self, epoch_id: str) -> Iterator[None]:
+        """Have an epoch not deleted: somebody is going to go back to it. Ends with the process."""
+        path = self.path / "locks" / f"needed-{epoch_id}"
+        while True:
+            with locks.hold(path, f"epoch {epoch_id[:12]}", shared=True):
+                if not path.exists():
+                    continue  # taken for a leftover before we had it
+                yield
+            break
+        self.needed_epochs()  # removes the file, unless somebody else needs it, too
+
+    def needed_epochs(self) -> set[str]:
+        """Ids of the epochs that somebody has not deleted."""
+        found = set()
+        for path in (self.path / "locks").glob("needed-*"):
+            with locks.attempt(path) as free:
+                if free:  # of one that was killed
+                    path.unlink(missing_ok=True)
+                else:
+                    found.add(path.name.removeprefix("needed-"))
+        return found
+
     def forget_machine_lock(self, machine_id: str) -> None:
         """Remove the lock file of a machine that is gone. Whoever waits for it finds out that the
         machine is gone when it gets it."""

@@ -41,14 +41,14 @@ def write(machine: str, interval: str, store: Path, rules: list[str],
     when = _when(interval)
     place = (directory or default_directory()).absolute()
     epochs = [sys.executable, "-m", "epochs", "--store", str(store)]
-    lines = [_line([*epochs, "create", "--if-running", "-m", f"every {interval}", machine])]
-    if rules:
-        lines.append(_line([*epochs, "prune", *rules, machine]))
+    create = _line([*epochs, "create", "--if-running", "-m", f"every {interval}", machine])
     mark = MARK.format(machine, store)
     service = mark + "\n".join([
         "[Unit]", f"Description=Epoch of machine {machine}", "",
         "[Service]", "Type=oneshot", "UMask=0077",
-        *(f"ExecStart={line}" for line in lines), ""])
+        f"ExecStart={create}",
+        # Also after a create that failed, perhaps as there was no space.
+        *([f"ExecStopPost={_line([*epochs, 'prune', *rules, machine])}"] if rules else []), ""])
     timer = mark + "\n".join([
         "[Unit]", f"Description=Epochs of machine {machine}, {_escape(interval)}", "",
         "[Timer]", *when, "",
@@ -69,7 +69,7 @@ def _refuse_others(path: Path, mark: str) -> None:
 
 
 def _when(interval: str) -> list[str]:
-    if re.search(r"[\n\r\0]", interval) or not interval.strip():
+    if re.search(r"[\n\r\0]", interval) or not re.search(r"[1-9A-Za-z*]", interval):
         raise UsageError(f"{interval!r} is no interval")
     if _analyze("timespan", interval):
         return [f"OnActiveSec={interval}", f"OnUnitActiveSec={interval}", "AccuracySec=1s"]

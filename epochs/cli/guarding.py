@@ -12,6 +12,7 @@ from epochs.cli import output
 from epochs.cli.guests import GuestCommand
 from epochs.cli.machines import machine_argument
 from epochs.cli.output import emit, notice, opened
+from epochs.cli.states import tell
 
 PERIODS = ("hourly", "daily", "weekly", "monthly", "yearly")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,8 +33,8 @@ def guard_command(ctx: click.Context, name: str, argv: tuple[str, ...], in_guest
                   timeout: float | None, check: str | None, keep_failed: bool) -> int:
     """Make an epoch, run a command, and go back if it fails. Its exit status is ours.
 
-    On this host it finds the machine's name in $EPOCHS_MACHINE. SIGINT, SIGTERM and SIGHUP end it
-    and undo what it did.
+    On this host it finds the machine's name in $EPOCHS_MACHINE. SIGINT, SIGTERM and SIGHUP end it,
+    with what it started if we are not on a terminal, and undo what it did to the machine.
     """
     with opened(ctx) as store:
         done = store.machine(name).guard(
@@ -45,6 +46,7 @@ def guard_command(ctx: click.Context, name: str, argv: tuple[str, ...], in_guest
     else:
         kept = f"; the failed state is epoch {done.failed[:12]}" if done.failed else ""
         notice(f"{done.undone}: '{name}' is back at epoch {done.epoch[:12]}{kept}")
+        tell(done.fixup)
     emit(ctx, done.to_json(), "")
     return done.status
 
@@ -60,7 +62,8 @@ def keeping(command: Function) -> Function:
     options.append(click.option("--keep-tag", multiple=True, metavar="PATTERN",
                                 help="Keep what has a tag like this ('*' is any; repeatable)."))
     options.append(click.option("--max-store", metavar="SIZE",
-                                help="Then delete the oldest, too, until the store is no larger."))
+                                help="Then delete the oldest of the rest, but for the last N and "
+                                     "tagged ones, until the store is no larger (like 50G)."))
     for option in reversed(options):
         command = option(command)
     return command

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from epochs import points
 from epochs.catalog import EpochRecord
+from epochs.errors import Refused
 from epochs.protocol import mounts, upkeep
 from epochs.protocol.journal import operation
 from epochs.store import StoreFiles
@@ -22,13 +24,17 @@ class Deletion:
 
 def used_bytes(store: StoreFiles) -> int:
     """Bytes that the store's packs, layers and epochs occupy on disk."""
-    return sum(file.stat().st_blocks * 512
-               for place in (store.packs_dir, store.layers_dir, store.path / "epochs")
-               for file in _files(place))
+    return sum(_blocks(path) for place in (store.packs_dir, store.layers_dir, store.path / "epochs")
+               for path in place.rglob("*")) * 512
 
 
-def _files(place: Path) -> list[Path]:
-    return [path for path in place.rglob("*") if path.is_file()]
+def _blocks(path: Path) -> int:
+    """Of 512 bytes; 0 for directories, and for what another command has just removed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0
+    return found.st_blocks if stat.S_ISREG(found.st_mode) else 0
 
 
 def delete(store: StoreFiles, epochs: list[EpochRecord]) -> Deletion:
@@ -37,6 +43,9 @@ def delete(store: StoreFiles, epochs: list[EpochRecord]) -> Deletion:
         before = used_bytes(store)
         ids = [epoch.id for epoch in epochs]
         mounts.refuse_mounted(store, ids)
+        for one in store.needed_epochs() & {*ids}:
+            raise Refused(f"epoch {one[:12]} is what a guarded command goes back to if it fails; "
+                          "wait until it is done")
         layers = sorted({layer for epoch in ids
                          for layer in store.catalog.epoch_layers(epoch).values()})
         with operation(store, "delete", None, {"epochs": ids, "layers": layers},

@@ -40,13 +40,22 @@ def prune(store: StoreFiles, machine: MachineRecord, policy: Policy, *,
           max_store: int | None = None, dry_run: bool = False) -> Pruned:
     """Delete what ``policy`` does not keep of the epochs that were made of a machine; then, while
     the store occupies more than ``max_store`` bytes, the oldest of the rest. Never deleted: epochs
-    that a machine is at, and mounted ones. Every other epoch stays as it was.
+    that a machine is at, mounted ones, and those that a guard may go back to; for want of space
+    neither the last N that the policy keeps nor tagged ones. Every other epoch stays as it was. A
+    dry run cannot know what a deletion would free: it says "may go for space".
     """
     if policy.empty and max_store is None:
         raise UsageError("a rule that keeps nothing would delete everything; say what to keep, "
                          "like --keep-last 5")
-    decisions = decide(candidates(store, machine), policy if not policy.empty else KEEP_ALL)
+    decisions = decide(candidates(store, machine), policy)
+    if policy.empty:
+        for one in decisions:
+            one.reasons.append("no rule")
     before = deletion.used_bytes(store)
+    if dry_run and max_store is not None and before > max_store:
+        for one in decisions:
+            if one.kept and not one.firm:
+                one.reasons.append("may go for space")
     if not dry_run:
         _delete(store, [one.id for one in decisions if not one.kept])
         if max_store is not None:
@@ -55,15 +64,13 @@ def prune(store: StoreFiles, machine: MachineRecord, policy: Policy, *,
     return Pruned(machine.name, decisions, before - used, used, dry_run)
 
 
-KEEP_ALL = Policy(last=2**31)
-
-
 def candidates(store: StoreFiles, machine: MachineRecord) -> list[Candidate]:
     """The epochs that were made of a machine."""
     tags: dict[str, list[str]] = {}
     for name, _, epoch in store.catalog.tags():
         tags.setdefault(epoch, []).append(name)
-    needed = {record.epoch: f"mounted on {record.directory}" for record in store.catalog.mounts()}
+    needed = {epoch: "a guarded command may go back to it" for epoch in store.needed_epochs()}
+    needed |= {record.epoch: f"mounted on {record.directory}" for record in store.catalog.mounts()}
     needed |= {one.head: f"machine '{one.name}' is at it" for one in store.catalog.machines()
                if one.head is not None}
     return [Candidate(epoch, store.catalog.epoch(epoch).created, tuple(tags.get(epoch, ())),
@@ -72,13 +79,20 @@ def candidates(store: StoreFiles, machine: MachineRecord) -> list[Candidate]:
 
 def _shrink(store: StoreFiles, decisions: list[Decision], limit: int) -> None:
     """What an epoch's deletion frees is known when it is done: others share its pages and blocks.
-    So they go one by one, the oldest first."""
+    So they go one by one, the oldest first, as long as that helps: where nothing comes free, as
+    layers cannot be merged for want of space or somebody else holds it, no more are given up."""
+    used = deletion.used_bytes(store)
     for one in reversed(decisions):
-        if deletion.used_bytes(store) <= limit:
+        if used <= limit:
             return
-        if one.kept and not one.needed:
+        if one.kept and not one.firm:
             _delete(store, [one.id])
             one.reasons.clear()
+            now = deletion.used_bytes(store)
+            if now >= used:
+                store.notice(f"deleting epoch {one.id[:12]} gave nothing back; the others are kept")
+                return
+            used = now
 
 
 def _delete(store: StoreFiles, ids: list[str]) -> None:

@@ -80,9 +80,11 @@ def start(store: StoreFiles, machine: MachineRecord) -> str:
 
 
 def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, keep: bool,
-             same_generation: bool = False, progress: Progress = no_progress) -> dict[str, Any]:
+             same_generation: bool = False, running: bool | None = None,
+             progress: Progress = no_progress) -> dict[str, Any]:
     """Put the machine back to ``epoch``; ``keep`` first seals its present state as an epoch.
-    ``same_generation``: its guest is not to notice.
+    ``same_generation``: its guest is not to notice. ``running`` afterwards, or paused; None: as it
+    is now.
 
     The caller holds the machine's lock. Returns {"kept": id or None, "seconds": …, "steps": …}.
     """
@@ -91,7 +93,7 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
         why = "is off" if found.word == "off" else f"is not in a state to be sealed ({found.word})"
         raise Refused(f"machine '{machine.name}' {why}, so its present state cannot be kept as "
                       "an epoch; use --discard to give it up")
-    running = found.word != "paused"
+    running = found.word != "paused" if running is None else running
     disks = store.catalog.disks(machine.id)
     with store.shared():
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted

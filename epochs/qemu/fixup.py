@@ -49,7 +49,7 @@ if [ -n "$NEW_MACHINE_ID" ]; then
     fi
 fi
 if [ -x {HOOK} ]; then
-    if {HOOK} >&2
+    if {HOOK} </dev/null >/dev/null 2>&1
     then echo hook={DONE}
     else echo "hook={HOOK} ended with $?"
     fi
@@ -81,6 +81,9 @@ def apply(store: StoreFiles, machine: MachineRecord, instance: InstanceRecord, e
                 "PATH": PATH}, wishes)
     except (EpochsError, OSError) as error:
         return Fixup.nothing(machine.name, str(error), wishes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Fixup.nothing(machine.name, f"the guest's agent answers with rubbish: {error}",
+                             wishes)
 
 
 def agent_there(chardevs: list[dict[str, object]]) -> bool:

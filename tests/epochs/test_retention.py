@@ -49,8 +49,9 @@ def test_reasons_add_up() -> None:
     decisions = {one.id: one for one in decide(made, Policy(last=1, daily=1, tags=("v*",)))}
     assert decisions["a"].reasons == ["tag v1"]
     assert decisions["b"].reasons == ["is mounted", "last 1", "daily 1"]
-    assert decisions["b"].needed
-    assert not decisions["a"].needed
+    assert decisions["a"].firm
+    assert decisions["b"].firm
+    assert not decide(made, Policy(daily=1))[-1].firm
 
 
 def test_no_rule_is_empty() -> None:

@@ -52,7 +52,8 @@ def test_systemd_reads_them(store: Path, tmp_path: Path, interval: str, line: st
 def test_its_commands_are_ours(store: Path, tmp_path: Path) -> None:
     """What the service runs, split as systemd does it, names the store exactly."""
     shown = printed(store, "every", "1h", "web", *RULES, "--directory", str(tmp_path))
-    lines = re.findall(r"^ExecStart=(.*)$", Path(shown["service"]).read_text(), re.MULTILINE)
+    service = Path(shown["service"]).read_text()
+    lines = re.findall(r"^ExecSt(?:art|opPost)=(.*)$", service, re.MULTILINE)
     words = [[json.loads(f'"{word}"').replace("$$", "$").replace("%%", "%")
               for word in re.findall(r'"((?:[^"\\]|\\.)*)"', line)] for line in lines]
     assert words[0][-5:] == ["create", "--if-running", "-m", "every 1h", "web"]
@@ -67,7 +68,7 @@ def test_its_commands_are_ours(store: Path, tmp_path: Path) -> None:
 
 def test_refused(store: Path, tmp_path: Path) -> None:
     there = tmp_path / "units"
-    for interval in ("sometimes", "", "1h\nExecStart=/bin/false"):
+    for interval in ("sometimes", "", "0", "1h\nExecStart=/bin/false"):
         shown = printed(store, "every", interval, "web", "--directory", str(there))
         assert shown["error"]["exit_code"] == 2, interval
     assert not there.exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from epochs import Machine, Store
+from epochs import Epoch, Machine, Store
 from epochs.retention import Policy
 from tests.json_fields import rows, top_level
 
@@ -70,6 +70,32 @@ def test_on_this_host(store: Store, web: Machine) -> None:
                  f"{SPOIL}; {EPOCHS} stop --kill $EPOCHS_MACHINE; exit 9")
     assert (done.returncode, ctl(web, "nonce", "get")) == (9, "good"), done.stderr
     assert "its state could not be kept: machine 'web' is off" in done.stderr
+    # Nor does it matter why: here making the second epoch of the two breaks.
+    spoils = f"{SPOIL}; EPOCHS_FAULT= {EPOCHS} pause $EPOCHS_MACHINE; exit 9"
+    with pytest.MonkeyPatch.context() as patch:
+        real = Machine.create
+
+        def create(machine: Machine, message: str = "") -> Epoch:
+            if message.startswith("failed"):
+                raise OSError(28, "No space left on device")
+            return real(machine, message)
+
+        patch.setattr(Machine, "create", create)
+        patch.setenv("EPOCHS_STORE", str(store.files.path))
+        told = web.guard(["sh", "-c", spoils], keep_failed=True, stdout=2)
+    assert (told.status, told.failed) == (9, None)
+    assert "could not be kept: [Errno 28]" in str(told.undone)
+    assert web.status()["state"] == "running", "not paused as the command left it"
+    assert ctl(web, "nonce", "get") == "good"
+
+    # What it may go back to is not pruned or deleted meanwhile.
+    words = (f"{EPOCHS} create $EPOCHS_MACHINE && {EPOCHS} prune $EPOCHS_MACHINE --keep-last 1 && "
+             f"! {EPOCHS} delete $EPOCHS_MACHINE~1 && {SPOIL} && exit 6")
+    done = guard(store, "web", "--", "sh", "-c", words)
+    assert (done.returncode, ctl(web, "nonce", "get")) == (6, "good"), done.stderr
+    assert "is what a guarded command goes back to" in done.stderr
+    assert web.head is not None
+    store.delete([web.head])  # which can be, afterwards
 
     # Kept: this is also the control of all those above.
     done = guard(store, "--check", "true", "web", "--", "sh", "-c", f"{SPOIL}; echo out")
@@ -154,7 +180,13 @@ def test_prune(store: Store, web: Machine) -> None:
     assert ctl(web, "nonce", "get") == "good"
     wait_witness(fork, 0)
 
-    # A bound on space: the oldest go, but never what a machine is at.
+    # A bound on space: the oldest go, but never what a machine is at or what is tagged.
+    before = {epoch.id for epoch in store.epochs()}
+    said = run_cli(store.files.path, "prune", "web", "--max-store", "1M", "-n").stdout
+    assert said.count("may go for space") == 2
+    assert {epoch.id for epoch in store.epochs()} == before
+    web.prune(Policy(last=3, tags=("keep-*",)), max_store=1)
+    assert {epoch.id for epoch in store.epochs()} == before
     done = web.prune(Policy(), max_store=1)
     assert {epoch.id for epoch in store.epochs()} == {made[1].id, made[2].id}
     assert done.used > 1

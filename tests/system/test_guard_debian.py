@@ -71,7 +71,7 @@ def test_upgrades(store: Store, web: Machine) -> None:
     assert "the command ended with 1: 'web' is back at epoch" in done.stderr
     assert (installed(web), inside(web, COUNT)) == good
     # The control: what would be left without a guard.
-    failed = next(epoch for epoch in store.epochs() if epoch.message.startswith("before rollback"))
+    failed = next(epoch for epoch in store.epochs() if epoch.message.startswith("failed: "))
     with store.fork(failed, "broken") as broken:
         assert installed(broken) == "2.0 half-configured"
         assert broken.exec(["sh", "-c", COUNT], timeout=60).status != 0, "the column is gone"

@@ -34,8 +34,11 @@ def inside(machine: Machine, line: str) -> str:
 
 
 def offset(machine: Machine) -> float:
-    """Seconds that the guest's clock is ahead of the host's."""
-    return int(inside(machine, "date +%s")) - time.time()
+    """Seconds that the guest's clock is ahead of the host's; 0 if it showed a second that the host
+    had between the question and the answer."""
+    asked = time.time()
+    shown = int(inside(machine, "date +%s"))
+    return min(0.0, shown + 1 - asked) + max(0.0, shown - time.time())
 
 
 def shared(machines: list[Machine]) -> int:

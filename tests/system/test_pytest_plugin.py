@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from epochs import Machine, Store
+from epochs.pytest_plugin import _process
 
 from .guest import ctl, run_cli, wait_witness
 
@@ -41,6 +42,12 @@ SUITE = """
         epochs_machine.stop(kill=True)
 
     def test_after_it(epochs_machine):
+        assert ctl(epochs_machine, "nonce", "get") == "ready"
+
+    def test_paused(epochs_machine):
+        epochs_machine.pause()
+
+    def test_after_a_pause(epochs_machine):
         assert ctl(epochs_machine, "nonce", "get") == "ready"
 
     def test_removed(epochs_machine):
@@ -112,14 +119,14 @@ def test_resets(store: Store, web: Machine, tmp_path: Path, workers: tuple[str, 
     done = run(tmp_path / "suite", SUITE, f"--epochs-store={store.files.path}",
                f"--epochs-report={report}", *workers)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "12 passed" in done.stdout
+    assert "14 passed" in done.stdout
     times = json.loads(report.read_text())
     forks, resets = len(times["forks"]), len(times["resets"])
     assert re.search(rf"{resets} resets: median \d+ ms, 99 % within \d+ ms", done.stdout)
     if not workers:
-        assert (forks, resets) == (4, 9), "one machine for each epoch, one thrown away, one again"
+        assert (forks, resets) == (4, 11), "one machine for each epoch, one thrown away, one again"
     else:
-        assert forks + resets == 13
+        assert forks + resets == 15
         assert forks in range(4, 7)
     alone(store, web, 2)
 
@@ -157,8 +164,10 @@ def test_what_it_needs_is_said(store: Store, web: Machine, tmp_path: Path) -> No
 def test_what_a_killed_pytest_left_is_swept(store: Store, web: Machine, tmp_path: Path) -> None:
     ended = subprocess.Popen(["/bin/true"])
     ended.wait()
-    store.fork("web@ready", f"pytest-{ended.pid}-1")
-    store.fork("web@ready", f"pytest-{os.getpid()}-1")  # of one that goes on: ours
+    ours = f"pytest-{_process(os.getpid())}-1"
+    store.fork("web@ready", f"pytest-{ended.pid}-1-1")
+    store.fork("web@ready", f"pytest-{os.getpid()}-1-1")  # of one that had our number
+    store.fork("web@ready", ours)
     done = run(tmp_path / "suite", FAILS, f"--epochs-store={store.files.path}", "-k", "setting")
     assert done.returncode == 0, done.stdout
-    assert {one.name for one in store.machines()} == {"web", f"pytest-{os.getpid()}-1"}
+    assert {one.name for one in store.machines()} == {"web", ours}

@@ -360,19 +360,21 @@ class Store:
         machine.rollback(epoch.id, keep=False)
         return machine
 
-    def fork(self, epoch: Epoch | str, name: str, *, paused: bool = False, fixup: bool = True,
-             wishes: Wishes = NO_WISHES) -> Machine:
+    def fork(self, epoch: Epoch | str, name: str, *, publish: Iterable[str] = (),
+             paused: bool = False, fixup: bool = True, wishes: Wishes = NO_WISHES) -> Machine:
         """A new machine from an epoch; see :meth:`fork_many`."""
-        return self.fork_many(epoch, [name], paused=paused, fixup=fixup, wishes=wishes)[0]
+        return self.fork_many(epoch, [name], publish=publish, paused=paused, fixup=fixup,
+                              wishes=wishes)[0]
 
-    def fork_many(self, epoch: Epoch | str, names: list[str], *, paused: bool = False,
-                  fixup: bool = True, wishes: Wishes = NO_WISHES) -> list[Machine]:
+    def fork_many(self, epoch: Epoch | str, names: list[str], *, publish: Iterable[str] = (),
+                  paused: bool = False, fixup: bool = True,
+                  wishes: Wishes = NO_WISHES) -> list[Machine]:
         """Several at once, all or none. What was done in each guest is in the ``fixup`` of the
         machines; without ``fixup`` they are left alone, and do not notice."""
         self.settle()
         found = self.epoch(epoch)
         records = switch.fork(self.files, found.record, names, paused=paused,
-                              same_generation=not fixup)
+                              publish=tuple(publish), same_generation=not fixup)
         machines = [Machine(self, record.name) for record in records]
         if fixup:
             for machine, told in zip(machines, fixing.fix_up(

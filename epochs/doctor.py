@@ -43,7 +43,7 @@ class Check:
 def examine(store: str | None) -> list[Check]:
     """All checks, in the order of what depends on what."""
     return [*_qemu(), _tool("qemu-img", "qemu-utils"), _memory(), _tracking(), *_device_mapper(),
-            *_xen(), _showing(), *_store(store)]
+            *_xen(), _networks(), _showing(), *_store(store)]
 
 
 def _qemu() -> list[Check]:
@@ -84,6 +84,17 @@ def _device_mapper() -> list[Check]:
                       Check(name, LACKING, f"{tool} is not there: no {what}",
                             f"apt-get install {package}"))
     return checks
+
+
+def _networks() -> Check:
+    """What `--net isolated` needs."""
+    from epochs.network import isolated
+
+    reason = isolated.lacking()
+    if reason is not None:
+        return Check("isolated networks", LACKING, reason.partition(": ")[0],
+                     reason.partition(": ")[2] or None)
+    return Check("isolated networks", GOOD, "there")
 
 
 def _xen() -> list[Check]:

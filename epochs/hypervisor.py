@@ -193,8 +193,9 @@ class Hypervisor(ABC):
         """Whether an instance is gone; nothing is asked of it that it might not answer."""
 
     @abstractmethod
-    def describe(self, instance: InstanceRecord) -> dict[str, Any]:
-        """What ``status`` says of a living instance: its ``pid``, or ``domid`` (docs/json.md)."""
+    def describe(self, store: StoreFiles, instance: InstanceRecord) -> dict[str, Any]:
+        """What ``status`` says of a living instance: its ``pid`` and ``address``, or ``domid``
+        (docs/json.md)."""
 
     @abstractmethod
     def forked(self, machine: MachineRecord, epoch: EpochRecord,
@@ -211,6 +212,10 @@ class Hypervisor(ABC):
     def end(self, store: StoreFiles, instance_id: str) -> None:
         """End an instance at once, recorded or not, and everything that was making it, and wait
         until they are gone; nothing if there is none."""
+
+    def released(self, store: StoreFiles,  # noqa: B027 - most have nothing to do
+                 machine_id: str) -> None:
+        """Nothing of the machine runs any more: give back what it had on this host besides."""
 
     def alone(self, store: StoreFiles,  # noqa: B027 - most have nothing to do
               machine: MachineRecord, instance_id: str) -> None:

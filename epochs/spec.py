@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from epochs.errors import NotFound, Refused, UsageError
+from epochs.network.plan import Publish
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,15}")  # virtio-blk's serial holds 20 bytes
 MAX_CPUS = 255
-NETS = ("user", "none")
+NETS = ("user", "isolated", "none")
 ACCELERATORS = ("auto", "kvm", "tcg")
 QEMU, XEN = "qemu", "xen"  # hypervisors
 _UNITS = {"": 2**20, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -58,7 +59,8 @@ class DiskSpec:
 @dataclass(frozen=True)
 class MachineSpec:
     """A machine's hardware. ``memory`` in bytes; files as absolute paths. ``config``: of a Xen
-    domain, the text of its configuration for `xl create`."""
+    domain, the text of its configuration for `xl create`. ``publish``: ports of the host that lead
+    to the guest, as :class:`epochs.network.plan.Publish` reads them."""
 
     memory: int
     cpus: int = 1
@@ -67,6 +69,7 @@ class MachineSpec:
     initrd: str | None = None
     append: str | None = None
     net: str = "user"
+    publish: tuple[str, ...] = field(default=())
     vga: bool = False
     accel: str = "auto"
     qemu: str | None = None
@@ -81,7 +84,8 @@ class MachineSpec:
     def from_json(cls, text: str) -> MachineSpec:
         raw = json.loads(text)
         raw["disks"] = tuple(DiskSpec(**disk) for disk in raw["disks"])
-        raw["extra"] = tuple(raw["extra"])
+        for name in ("extra", "publish"):
+            raw[name] = tuple(raw[name])
         return cls(**raw)
 
 
@@ -138,9 +142,11 @@ def from_toml(path: Path) -> tuple[str | None, dict[str, Any]]:
         raw["memory"] = parse_size(raw["memory"])
     if "memory" not in raw:
         raise UsageError(f"machine file {path}: 'memory' is missing")
-    raw["extra"] = tuple(raw.get("extra", ()))
+    for several in ("extra", "publish"):
+        raw[several] = tuple(raw.get(several, ()))
     for key, value in raw.items():
-        wanted = {"memory": int, "cpus": int, "vga": bool, "disks": tuple, "extra": tuple}
+        wanted = {"memory": int, "cpus": int, "vga": bool, "disks": tuple, "extra": tuple,
+                  "publish": tuple}
         if not isinstance(value, wanted.get(key, str)) or (
                 key in ("memory", "cpus") and isinstance(value, bool)):
             raise UsageError(f"machine file {path}: '{key}' has a value of the wrong kind")
@@ -172,7 +178,8 @@ def check(spec: MachineSpec) -> None:
     if not 1 <= spec.cpus <= MAX_CPUS:
         raise Refused(f"{spec.cpus} CPUs are not possible; give 1 to {MAX_CPUS}")
     if spec.net not in NETS:
-        raise Refused(f"network '{spec.net}' is unknown; there are {' and '.join(NETS)}")
+        raise Refused(f"network '{spec.net}' is unknown; there are {', '.join(NETS)}")
+    check_publish(spec)
     if spec.accel not in ACCELERATORS:
         raise Refused(f"accelerator '{spec.accel}' is unknown; there are "
                       + ", ".join(ACCELERATORS))
@@ -185,6 +192,16 @@ def check(spec: MachineSpec) -> None:
     if spec.kernel is None and not spec.disks:
         raise UsageError("a machine needs a disk or a kernel to boot from")
     _check_extra(spec.extra)
+
+
+def check_publish(spec: MachineSpec) -> None:
+    """Refuse ports that cannot be published."""
+    ports = [Publish.parse(text) for text in spec.publish]
+    if ports and spec.net == "none":
+        raise Refused("a machine without a network has no ports to publish")
+    for one in ports:
+        if [other.port for other in ports if other.protocol == one.protocol].count(one.port) > 1:
+            raise Refused(f"port {one.port} is published twice")
 
 
 def _check_disks(spec: MachineSpec) -> None:

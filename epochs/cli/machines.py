@@ -22,7 +22,11 @@ machine_argument = click.argument("name", shell_complete=complete_machine)
 @click.option("--kernel", help="Boot this kernel instead of a disk's boot loader.")
 @click.option("--initrd", help="Initial RAM disk for --kernel.")
 @click.option("--append", help="Command line for --kernel.")
-@click.option("--net", type=click.Choice(["user", "none"]), help="Network (default user).")
+@click.option("--net", type=click.Choice(["user", "isolated", "none"]),
+              help="Network: QEMU's own (user, the default), a namespace with an address of its "
+                   "own (isolated), or none.")
+@click.option("--publish", multiple=True, metavar="[ADDRESS:]PORT:GUESTPORT[/udp]",
+              help="Let a port of this host lead to one of the guest (may be repeated).")
 @click.option("--vga", is_flag=True, default=None, help="Give it a display.")
 @click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]),
               help="How CPUs are run (default auto: KVM where it really works).")
@@ -41,7 +45,7 @@ def add_command(ctx: click.Context, /, name: str | None, disks: tuple[str, ...],
     from epochs.errors import UsageError
     from epochs.spec import XEN, MachineSpec, from_toml, parse_disk, parse_size
 
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value not in (None, ())}
     if "memory" in given:
         given["memory"] = parse_size(given["memory"])
     fields: dict[str, Any] = {}
@@ -147,7 +151,9 @@ def status_command(ctx: click.Context, name: str) -> None:
         ("runs as", f"{found['machine_type']}, {found['accelerator']}"
          + (f", QEMU {found['qemu']}, pid {found['pid']}" if found["pid"] else "")
          + (f", Xen {found['xen']}, domain {found['domid']}" if found["domid"] else "")),
-        ("network", found["net"]), ("display", "VGA" if found["vga"] else "none"),
+        ("network", " ".join([found["net"], *([found["address"]] if found["address"] else []),
+                              *found["publish"]])),
+        ("display", "VGA" if found["vga"] else "none"),
         *(("disk", f"{disk['name']}: {disk['backend']}, {disk['chain']} layers"
            + (f", {output.size(room['free'])} of {output.size(room['total'])} free in "
               f"{room['where']}" if (room := disk["room"]) else "")) for disk in found["disks"]),

@@ -84,13 +84,16 @@ def rollback_command(ctx: click.Context, name: str, epoch: str | None, keep: boo
 @click.argument("newname")
 @click.option("--count", type=click.IntRange(1, MAX_FORKS),
               help="Start so many, called NEWNAME-1, NEWNAME-2, ...")
+@click.option("--publish", multiple=True, metavar="[ADDRESS:]PORT:GUESTPORT",
+              help="Let a port of this host lead to one of the guest (may be repeated).")
 @click.option("--paused", is_flag=True, help="Leave them paused.")
 @click.option("--hostname", is_flag=True, help="Make each one's name its guest's host name.")
 @click.option("--machine-id", is_flag=True, help="Give each guest an /etc/machine-id of its own.")
 @no_fixup
 @click.pass_context
 def fork_command(ctx: click.Context, epoch: str, newname: str, count: int | None,
-                 paused: bool, hostname: bool, machine_id: bool, fixup: bool) -> None:
+                 publish: tuple[str, ...], paused: bool, hostname: bool, machine_id: bool,
+                 fixup: bool) -> None:
     """Start new machines from an epoch, sharing its memory and disks copy-on-write."""
     names = [newname] if count is None else [f"{newname}-{n}" for n in range(1, count + 1)]
     from epochs.fixup import Wishes
@@ -100,7 +103,7 @@ def fork_command(ctx: click.Context, epoch: str, newname: str, count: int | None
                                "--hostname nor --machine-id")
     with opened(ctx) as store:
         source = store.epoch(epoch).id
-        machines = store.fork_many(source, names, paused=paused, fixup=fixup,
+        machines = store.fork_many(source, names, publish=publish, paused=paused, fixup=fixup,
                                    wishes=Wishes(hostname, machine_id))
         found = [machine.status() for machine in machines]
     for machine in machines:
@@ -108,4 +111,5 @@ def fork_command(ctx: click.Context, epoch: str, newname: str, count: int | None
     emit(ctx, {"epoch": source, "machines": found,
                "fixups": [machine.fixup.to_json() for machine in machines if machine.fixup]},
          "\n".join(f"machine '{one['name']}' forked from epoch {source[:12]} ({one['state']})"
+                   + (f" at {one['address']}" if one["address"] else "")
                    for one in found))

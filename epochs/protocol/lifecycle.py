@@ -181,6 +181,7 @@ def stop(store: StoreFiles, machine: MachineRecord, *, kill: bool = False,
     if found.alive and found.word != "off" and not kill:
         hypervisor(machine.spec).power_off(store, machine, found.instance, limit)
     put_off(store, machine)
+    hypervisor(machine.spec).released(store, machine.id)
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
     mounts.refuse_mounted(store, store.catalog.epochs_of(machine.id) if with_epochs else [])
     with store.shared():
         put_off(store, machine)
+        hypervisor(machine.spec).released(store, machine.id)
     with store.exclusive():
         gone = store.catalog.epochs_of(machine.id) if with_epochs else []
         mounts.refuse_mounted(store, gone)
@@ -257,11 +259,12 @@ def describe(store: StoreFiles, machine: MachineRecord) -> dict[str, Any]:
         "memory": machine.spec.memory,
         "cpus": machine.spec.cpus, "accelerator": machine.accel,
         "machine_type": machine.machine_type, "net": machine.spec.net, "vga": machine.spec.vga,
-        "pid": None, "domid": None,
+        "pid": None, "domid": None, "address": None,
+        "publish": list(machine.spec.publish),
         "hypervisor": machine.spec.hypervisor,
         "qemu": instance.compatibility.get("qemu") if instance else None,
         "xen": instance.compatibility.get("xen") if instance else None,
-        **(hypervisor(machine.spec).describe(instance) if instance and found.alive else {}),
+        **(hypervisor(machine.spec).describe(store, instance) if instance and found.alive else {}),
         "started": instance.started if instance else None,
         "created": machine.created,
         "console_log": str(hypervisor(machine.spec).console_log(store, machine)),

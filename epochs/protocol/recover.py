@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from blockcow import BlockError
 from epochs.catalog import JournalRecord
 from epochs.errors import EpochsError
+from epochs.network import isolated
 from epochs.processes import ProcessId
 from epochs.protocol import create, lifecycle, mounts, pools, switch, upkeep
 from epochs.protocol.journal import under_way_here
@@ -86,6 +87,10 @@ def recover(store: StoreFiles) -> list[Recovered]:
         mounts.drop_dead(store)
     except (EpochsError, BlockError, OSError) as error:
         store.notice(f"a mount whose daemon has ended cannot be taken down yet: {error}")
+    try:
+        isolated.sweep(store)
+    except (EpochsError, OSError) as error:
+        store.notice(f"the network of a machine that is off cannot be taken down yet: {error}")
     if settled or _leftovers(store):
         with store.try_exclusive() as alone:
             if alone:

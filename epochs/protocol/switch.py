@@ -37,7 +37,7 @@ from epochs.protocol import create as creation
 from epochs.protocol import launch, upkeep, verify
 from epochs.protocol.instances import state
 from epochs.protocol.journal import operation
-from epochs.spec import check_name
+from epochs.spec import check_name, check_publish
 from epochs.store import StoreFiles, new_id
 
 SPAWNERS = 4  # instances launched at once; QEMU's start is part computing, part waiting
@@ -162,9 +162,15 @@ def _check_same_disks(store: StoreFiles, machine: MachineRecord, disks: list[Dis
 
 
 def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
-         paused: bool = False, same_generation: bool = False) -> list[MachineRecord]:
+         publish: tuple[str, ...] = (), paused: bool = False,
+         same_generation: bool = False) -> list[MachineRecord]:
     """New machines from an epoch, all or none; running unless ``paused``. ``same_generation``:
-    their guests are not to notice."""
+    their guests are not to notice. ``publish``: ports of the host that lead to the only one; those
+    of the source stay the source's."""
+    spec = replace(epoch.spec, publish=publish)
+    check_publish(spec)
+    if publish and len(names) > 1:
+        raise Refused("one port cannot lead to several machines; publish it with one fork")
     for name in names:
         check_name(name)
         if store.catalog.find_machine(name) is not None or names.count(name) > 1:
@@ -180,7 +186,7 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
                  for disk, layer in store.catalog.epoch_layers(epoch.id).items()]
         machines = [
             hypervisor(epoch.spec).forked(
-                MachineRecord(new_id(), name, epoch.spec, now, "", "", "", epoch.id), epoch,
+                MachineRecord(new_id(), name, spec, now, "", "", "", epoch.id), epoch,
                 source)
             for name in names]
         targets = [launch.new_target(store, m.id, disks, cold=False) for m in machines]
@@ -289,6 +295,8 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
         _let_go_on(store, record.machine or "", record.plan["old"])
     for target in targets:
         launch.undo(store, driver, target, record.plan["backends"])
+        if store.catalog.instance_of(target.machine) is None:
+            driver.released(store, target.machine)
         if store.catalog.machine_by_id(target.machine) is None:
             remove_tree(store.machine_dir(target.machine))
     if record.plan["old"]:

@@ -20,6 +20,8 @@ from epochs.spec import MachineSpec
 
 RAM_BLOCK = "ram"  # the memory backend's id is the name of its RAM block
 PAGE = 4096
+# Of the two, what a guest has negotiated differs: an epoch of one cannot be loaded over the other.
+NETDEV = {"user": "net0", "isolated": "tap0"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def devices(spec: MachineSpec, mac: str) -> list[str]:
     """The guest-visible devices besides disks, as -device arguments, in slot order."""
     found = ["virtio-serial-pci,id=serial", "virtserialport,chardev=agent,"
              "name=org.qemu.guest_agent.0", "virtio-rng-pci,id=rng"]
-    if spec.net == "user":
-        found.append(f"virtio-net-pci,netdev=net0,id=net0,mac={mac},romfile=")
+    if spec.net != "none":
+        found.append(f"virtio-net-pci,netdev={NETDEV[spec.net]},id=net0,mac={mac},romfile=")
     if spec.vga:
         found.append("VGA,id=vga")
     found += [f"virtio-blk-pci,id=disk-{disk.name},drive=@{disk.name},serial={disk.name}"
@@ -76,8 +78,10 @@ def arguments(
     console_log: Path,
     generation_id: str,
     incoming: bool,
+    tap: int | None = None,
 ) -> list[str]:
-    """The argument vector after the binary. ``nodes`` maps disk names to block nodes."""
+    """The argument vector after the binary. ``nodes`` maps disk names to block nodes; ``tap`` is a
+    descriptor, for an isolated network."""
     argv = ["-name", f"guest={name.replace(',', ',,')}",
             "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
             "-machine", f"{machine_type},memory-backend={RAM_BLOCK}", "-accel", accel,
@@ -93,7 +97,10 @@ def arguments(
             "-chardev", f"socket,id=agent,fd={sockets.agent},server=on,wait=off",
             "-device", f"vmgenid,guid={generation_id}"]
     if spec.net == "user":
-        argv += ["-netdev", "user,id=net0"]
+        # Published ports come later: in a rollback the old QEMU still has them.
+        argv += ["-netdev", f"user,id={NETDEV[spec.net]}"]
+    elif tap is not None:
+        argv += ["-netdev", f"tap,id={NETDEV[spec.net]},fd={tap}"]
     for blockdev in blockdevs:
         argv += ["-blockdev", to_json(blockdev)]
     for device in devices(spec, mac):

@@ -16,8 +16,9 @@ from epochs.durable import write_file
 from epochs.errors import EpochsError, Failed, HypervisorDied, Refused
 from epochs.fixup import Fixup, Wishes
 from epochs.hypervisor import Hypervisor, Launch, Sealed, State, Work
+from epochs.network import isolated
 from epochs.processes import boot_id, working_in
-from epochs.qemu import agent, binary, connection, fixup, seal
+from epochs.qemu import agent, binary, connection, fixup, forwards, seal
 from epochs.qemu.connection import HELD, open_monitor
 from epochs.qemu.launch import ReadyQemu, launch
 from epochs.qemu.monitor import connect_unix
@@ -49,8 +50,9 @@ class QemuDriver(Hypervisor):
     def ended(self, instance: InstanceRecord) -> bool:
         return not instance.process.alive()
 
-    def describe(self, instance: InstanceRecord) -> dict[str, Any]:
-        return {"pid": instance.process.pid}
+    def describe(self, store: StoreFiles, instance: InstanceRecord) -> dict[str, Any]:
+        return {"pid": instance.process.pid,
+                "address": isolated.address(store, instance.machine)}
 
     def forked(self, machine: MachineRecord, epoch: EpochRecord,
                source: MachineRecord | None) -> MachineRecord:
@@ -68,6 +70,9 @@ class QemuDriver(Hypervisor):
                 raise EpochsError(f"QEMU of instance {instance_id[:12]} cannot be ended: "
                                   f"{error}") from error
 
+    def released(self, store: StoreFiles, machine_id: str) -> None:
+        isolated.take_down(store, machine_id)
+
     def fix_up(self, store: StoreFiles, machine: MachineRecord, instance: InstanceRecord,
                event: str, epoch: str, wishes: Wishes) -> Fixup:
         return fixup.apply(store, machine, instance, event, epoch, wishes)
@@ -76,6 +81,9 @@ class QemuDriver(Hypervisor):
               only_held: bool = False) -> None:
         with open_monitor(store, instance) as monitor:
             if not only_held or monitor.status() in HELD:
+                machine = store.catalog.machine_by_id(instance.machine)
+                if machine is not None:
+                    forwards.publish(monitor, machine, store.notice)
                 monitor.execute("cont")
 
     def hold(self, store: StoreFiles, instance: InstanceRecord) -> None:

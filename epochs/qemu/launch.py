@@ -11,14 +11,15 @@ from typing import Any
 
 import memsave
 from epochs import points
-from epochs.catalog import EpochRecord, InstanceRecord
+from epochs.catalog import EpochRecord, InstanceRecord, MachineRecord
 from epochs.errors import Failed, HypervisorDied, Incompatible
 from epochs.hypervisor import Laps, Launch, Ready
+from epochs.network import isolated, ports
 from epochs.processes import ProcessId
-from epochs.qemu import binary, command, ramblocks
+from epochs.qemu import binary, command, forwards, ramblocks
 from epochs.qemu.monitor import Monitor
 from epochs.qemu.process import last_words, spawn
-from epochs.store import StoreFiles
+from epochs.store import Notice, StoreFiles
 
 BLANK = "blank.ram"
 
@@ -28,8 +29,11 @@ class ReadyQemu(Ready):
     """A QEMU that is paused and complete."""
 
     monitor: Monitor
+    machine: MachineRecord
+    notice: Notice
 
     def go_on(self) -> None:
+        forwards.publish(self.monitor, self.machine, self.notice)
         self.monitor.execute("cont")
 
     def close(self) -> None:
@@ -49,6 +53,7 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
     packs = memsave.PackStore(store.packs_dir)
     image: memsave.Image | None = None
     state_fd: int | None = None
+    tap: int | None = None
     spawned = None
     try:
         if epoch is None:
@@ -62,6 +67,11 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
                 raise Failed(f"epoch {epoch.id[:12]} has no flat pack to map")
             ram = packs.pack_path(image.flat)
             state_fd = os.open(store.state_file(epoch.id), os.O_RDONLY | os.O_CLOEXEC)
+        if epoch is None or wanted.fork:
+            ports.refuse_taken(store, machine)
+        if machine.spec.net == "isolated":
+            isolated.put_up(store, machine)
+            tap = isolated.plug(machine.id, target.instance)
         nodes = {disk.name: command.disk_node(chains[disk.name][0].id) for disk in disks}
         blockdevs = [argument for disk in disks
                      for argument in store.backend(disk.backend).blockdev(chains[disk.name],
@@ -73,9 +83,9 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
                 machine_type=machine.machine_type, mac=machine.mac, image=ram, nodes=nodes,
                 blockdevs=blockdevs, sockets=sockets,
                 console_log=store.console_log(machine.id),
-                generation_id=generation_id, incoming=epoch is not None),
+                generation_id=generation_id, incoming=epoch is not None, tap=tap),
             {"LD_PRELOAD": str(memsave.preload_library())},
-            pass_fds=() if state_fd is None else (state_fd,))
+            pass_fds=tuple(fd for fd in (state_fd, tap) if fd is not None))
         points.hit("launch.spawned")
         clock.lap("spawn")
         if image is not None and epoch is not None and state_fd is not None:
@@ -87,12 +97,13 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
             spawned.monitor.close()
         raise
     finally:
-        if state_fd is not None:
-            os.close(state_fd)
+        for fd in (state_fd, tap):
+            if fd is not None:
+                os.close(fd)
     record = InstanceRecord(target.instance, machine.id, spawned.process, qemu.path, compatibility,
                             time.time(), trusted=False)
     return ReadyQemu(record, wanted.layers, image.packs if image is not None else frozenset(),
-                     clock.steps, spawned.monitor)
+                     clock.steps, spawned.monitor, machine, store.notice)
 
 
 def _restore(store: StoreFiles, monitor: Monitor, process: ProcessId, image: memsave.Image,

@@ -76,7 +76,7 @@ class XenDriver(Hypervisor):
     def ended(self, instance: InstanceRecord) -> bool:
         return domains.state(instance).word == DIED
 
-    def describe(self, instance: InstanceRecord) -> dict[str, Any]:
+    def describe(self, store: StoreFiles, instance: InstanceRecord) -> dict[str, Any]:
         with Host() as host:
             found = host.find(domains.who(instance.id))
         return {"domid": found.domid if found is not None else None}

@@ -20,39 +20,12 @@ from epochs.network.plan import GUEST
 from epochs.points import POINTS
 
 from .guest import Artefacts, cli_json, run_cli, wait_console, wait_witness
+from .networks import NOTHING, answer, asked, inside, left, serve
 
 pytestmark = [pytest.mark.guest, pytest.mark.root]
 
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
-SECONDS = 20.0
-
-
-def left() -> dict[str, list[str]]:
-    """What isolated networks are made of, as it is on this host now."""
-    def names(*command: str) -> list[str]:
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        return done.stdout.split()
-
-    links = [word.split("@")[0].rstrip(":") for word in names("ip", "-o", "link")]
-    return {
-        "namespaces": [word for word in names("ip", "netns") if word.startswith("epochs-")],
-        "interfaces": [word for word in links if word.startswith("epn-")],
-        "tables": [word for word in names("nft", "list", "tables") if word.startswith("epochs-")],
-        "servers": [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit()
-                    and _command(entry) == "dnsmasq"],
-    }
-
-
-def _command(entry: Path) -> str:
-    """The name of a process, unless it has ended and only waits for being asked about."""
-    try:
-        name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
-    except OSError:
-        return ""
-    return "" if rest.split()[0] == "Z" else name
-
-
-NOTHING: dict[str, list[str]] = {"namespaces": [], "interfaces": [], "tables": [], "servers": []}
+SECONDS = 20.0  # that a connection may take
 
 
 @pytest.fixture(autouse=True)
@@ -80,26 +53,6 @@ def networked(store: Store, tiny: Artefacts) -> Callable[..., Machine]:
     return boot
 
 
-def inside(machine: Machine, line: str) -> tuple[int, str]:
-    done = machine.exec(["sh", "-c", line], timeout=60)
-    return done.status, (done.stdout + done.stderr).decode().strip()
-
-
-def serve(machine: Machine, text: str) -> None:
-    assert inside(machine, f"echo {text} >/run/www/who") == (0, "")
-
-
-def address(machine: Machine) -> str:
-    found = machine.status()["address"]
-    assert isinstance(found, str)
-    return found
-
-
-def asked(where: str) -> str:
-    with urllib.request.urlopen(f"http://{where}/who", timeout=SECONDS) as answer:
-        return str(answer.read().decode().strip())
-
-
 def answered(machine: Machine, where: str) -> bool:
     """Whether the guest gets through to another one's echo server."""
     return inside(machine, f"echo hello | nc -w 3 {where} 7")[1] == "hello"
@@ -107,12 +60,12 @@ def answered(machine: Machine, where: str) -> bool:
 
 def test_forks_beside_each_other(store: Store, networked: Callable[..., Machine]) -> None:
     web = networked()
-    assert asked(address(web)) == "web"
+    assert asked(answer(web)) == "web"
     assert GUEST in inside(web, "ip addr show eth0")[1]
     # A connection of the parent's, open all the time.
     assert inside(web, "nc -ll -p 7 -e /bin/cat >/dev/null 2>&1 & "
                        "until netstat -ltn | grep -q ':7 '; do usleep 10000; done")[0] == 0
-    with socket.create_connection((address(web), 7), timeout=SECONDS) as line:
+    with socket.create_connection((answer(web), 7), timeout=SECONDS) as line:
         def echo(text: bytes) -> None:
             line.sendall(text)
             assert line.recv(100) == text
@@ -126,13 +79,13 @@ def test_forks_beside_each_other(store: Store, networked: Callable[..., Machine]
             assert GUEST in inside(fork, "ip addr show eth0")[1]
             serve(fork, fork.name)
         machines = [web, *forks]
-        assert len({address(machine) for machine in machines}) == 4
-        assert [asked(address(machine)) for machine in machines] == ["web", "one", "two", "three"]
+        assert len({answer(machine) for machine in machines}) == 4
+        assert [asked(answer(machine)) for machine in machines] == ["web", "one", "two", "three"]
         echo(b"to the end")
 
     # They reach the host, and never each other, not even through a host that forwards.
     one, two = forks[:2]
-    there = address(two)
+    there = answer(two)
     assert inside(one, f"ping -c 1 -W 3 {gateway(one)}")[0] == 0
     before = FORWARD.read_text()
     try:
@@ -148,9 +101,9 @@ def test_forks_beside_each_other(store: Store, networked: Callable[..., Machine]
 
     # The address stays after a rollback, and who asks finds the guest of then.
     serve(web, "later")
-    where = address(web)
+    where = answer(web)
     web.rollback(epoch, keep=False)
-    assert address(web) == where
+    assert answer(web) == where
     assert asked(where) == "web"
     two.stop(kill=True)
     assert two.status()["address"] is None
@@ -163,7 +116,7 @@ def test_forks_beside_each_other(store: Store, networked: Callable[..., Machine]
 
 def gateway(machine: Machine) -> str:
     """The host, as a machine sees it: the other address of its pair."""
-    first, last = address(machine).rsplit(".", 1)
+    first, last = answer(machine).rsplit(".", 1)
     return f"{first}.{int(last) - 1}"
 
 
@@ -228,7 +181,7 @@ def test_killed(store: Store, networked: Callable[..., Machine]) -> None:
         assert done.returncode == -9, point
         run_cli(store.files.path, "recover")
         assert left()["namespaces"] == mine["namespaces"], point
-        assert asked(address(web)) == "web", point
+        assert asked(answer(web)) == "web", point
     web.stop(kill=True)
     for point in (*POINTS["launch"], "start.intended", "start.launched"):
         done = run_cli(store.files.path, "start", "web", fault=f"{point}:kill", check=False)

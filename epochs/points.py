@@ -64,6 +64,8 @@ POINTS: dict[str, tuple[str, ...]] = {
     "take-over": ("take-over.intended", "take-over.suspended", "take-over.disks-adopted",
                   "take-over.read", "take-over.memory-written", "take-over.committed",
                   "take-over.old-gone"),
+    "network": ("network.named", "network.reserved", "network.made", "network.ruled",
+                "network.unplugged"),
     "mount": ("mount.intended", "mount.served", "mount.mounted", "umount.unmounted"),
     "consolidate": (
         "consolidate.intended",

@@ -85,7 +85,7 @@ class MachineSpec:
         raw = json.loads(text)
         raw["disks"] = tuple(DiskSpec(**disk) for disk in raw["disks"])
         for name in ("extra", "publish"):
-            raw[name] = tuple(raw[name])
+            raw[name] = tuple(raw.get(name, ()))
         return cls(**raw)
 
 
@@ -143,6 +143,9 @@ def from_toml(path: Path) -> tuple[str | None, dict[str, Any]]:
     if "memory" not in raw:
         raise UsageError(f"machine file {path}: 'memory' is missing")
     for several in ("extra", "publish"):
+        if not isinstance(raw.get(several, []), list) or not all(
+                isinstance(one, str) for one in raw.get(several, [])):
+            raise UsageError(f"machine file {path}: '{several}' must be a list of strings")
         raw[several] = tuple(raw.get(several, ()))
     for key, value in raw.items():
         wanted = {"memory": int, "cpus": int, "vga": bool, "disks": tuple, "extra": tuple,

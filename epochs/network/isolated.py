@@ -2,20 +2,20 @@
 
 The network belongs to the machine, not to an instance: it outlives rollbacks, and the address
 stays. Its number is kept in the machine's directory, so that it comes back after a stop if nobody
-took it meanwhile. A namespace whose host's end has no alias was never completed, and is made anew.
+took it meanwhile. What was never completed is made anew.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from pathlib import Path
 
+from epochs import points
 from epochs.catalog import MachineRecord
 from epochs.durable import write_file
-from epochs.errors import Failed, Refused
+from epochs.errors import EpochsError, Failed, Refused
 from epochs.network import namespaces, rules
 from epochs.network.namespaces import told
 from epochs.network.plan import (
@@ -23,7 +23,6 @@ from epochs.network.plan import (
     GATEWAY,
     GUEST,
     HOST_PREFIX,
-    UPLINK,
     Network,
     Publish,
     candidates,
@@ -32,8 +31,9 @@ from epochs.network.plan import (
 from epochs.store import StoreFiles
 
 NUMBER = "network"  # file in the machine's directory
-TOOLS = ("nft", "dnsmasq", "nsenter")
-MEND = "apt-get install nftables dnsmasq-base util-linux"
+RESOLVED = Path("/run/systemd/resolve/resolv.conf")
+TOOLS = ("nft", "dnsmasq", "nsenter", "ip")
+MEND = "apt-get install nftables dnsmasq-base util-linux iproute2"
 
 
 def lacking() -> str | None:
@@ -47,37 +47,45 @@ def lacking() -> str | None:
 
 
 def put_up(store: StoreFiles, machine: MachineRecord) -> Network:
-    """The network of a machine, complete; made if it is not there. Refused, Failed: then nothing is
-    left of it."""
+    """The network of a machine, complete; made if it is not there. Its rules are loaded in any
+    case: somebody may have flushed them. Refused, Failed: then nothing is left of a new one."""
     if (reason := lacking()) is not None:
         raise Refused(reason)
     name = namespace(machine.id)
     network = known(store, machine.id)
-    alias = f"epochs {store.catalog.store_id} {machine.id}"
-    if namespaces.exists(name):
-        if network is not None and namespaces.aliases().get(network.interface) == alias:
-            if not namespaces.processes(name):
-                _serve_addresses(machine, name)
-            return network
-        take_down(store, machine.id)
+    if network is not None and _stands(store, machine.id, network, name):
+        _finish(machine, network, name)
+        return network
+    take_down(store, machine.id)
     try:
         with told("an isolated network"):
-            network = _make(store, machine, name, network, alias)
-        published = [Publish.parse(text) for text in machine.spec.publish]
-        rules.load(rules.inside(), name)
-        rules.load(rules.outside(network, published))
-        _serve_addresses(machine, name)
+            network = _make(store, machine, name, network)
+        points.hit("network.made")
+        _finish(machine, network, name)
     except BaseException:
         take_down(store, machine.id)
         raise
     return network
 
 
-def _make(store: StoreFiles, machine: MachineRecord, name: str, before: Network | None,
-          alias: str) -> Network:
-    from pyroute2 import IPRoute, netns
+def _alias(store: StoreFiles, machine_id: str) -> str:
+    return f"epochs {store.catalog.store_id} {machine_id}"
 
-    netns.create(name)
+
+def _stands(store: StoreFiles, machine_id: str, network: Network, name: str) -> bool:
+    """Whether the interfaces are all there: an instance was plugged in already, then, or its launch
+    was killed behind that."""
+    return (namespaces.exists(name)
+            and namespaces.aliases().get(network.interface) == _alias(store, machine_id)
+            and namespaces.leads_to(network.interface, name)
+            and namespaces.has_bridge(name))
+
+
+def _make(store: StoreFiles, machine: MachineRecord, name: str, before: Network | None) -> Network:
+    from pyroute2 import IPRoute
+
+    namespaces.create(name)
+    points.hit("network.named")
     numbers = ([] if before is None else [before.number]) + candidates(machine.id)
     with IPRoute() as host:
         for network in map(Network, numbers):
@@ -87,8 +95,18 @@ def _make(store: StoreFiles, machine: MachineRecord, name: str, before: Network 
                 break
         else:
             raise Failed("no address is free for an isolated network")
-        namespaces.connect(host, network, name, alias)
+        points.hit("network.reserved")
+        namespaces.connect(host, network, name, _alias(store, machine.id))
     return network
+
+
+def _finish(machine: MachineRecord, network: Network, name: str) -> None:
+    """What may be done again: rules, each table in one step, and who gives out the address."""
+    rules.load(rules.inside(), name)
+    rules.load(rules.outside(network, [Publish.parse(text) for text in machine.spec.publish]))
+    points.hit("network.ruled")
+    if not namespaces.processes(name):
+        _serve_addresses(machine, name)
 
 
 def _serve_addresses(machine: MachineRecord, name: str) -> None:
@@ -100,6 +118,8 @@ def _serve_addresses(machine: MachineRecord, name: str) -> None:
                f"--dhcp-range={GUEST},{GUEST},255.255.255.0,infinite",
                f"--dhcp-host={machine.mac},{GUEST}", f"--dhcp-option=option:router,{GATEWAY}",
                f"--dhcp-option=option:dns-server,{GATEWAY}"]
+    if RESOLVED.exists():  # /etc/resolv.conf then names an address that only the host has
+        command.append(f"--resolv-file={RESOLVED}")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           check=False)
     if done.returncode:
@@ -132,54 +152,47 @@ def take_down(store: StoreFiles, machine_id: str) -> None:
     """Remove a machine's network and who lives in it; nothing if there is none. Repeatable."""
     name = namespace(machine_id)
     network = known(store, machine_id)
-    if not namespaces.exists(name):
+    there = namespaces.exists(name)
+    if not there and (network is None or not any(namespaces.NAMES.glob("epochs-*"))):
         return
-    from pyroute2 import netns
-
     with told("the end of an isolated network"):
-        namespaces.end_processes(name)
-        if network is not None and _ours(network, name):
+        if there:
+            namespaces.end_processes(name)
+        # The number may be another's by now, or have been when we were about to try it.
+        if network is not None and (
+                namespaces.aliases().get(network.interface) == _alias(store, machine_id)
+                or (there and namespaces.leads_to(network.interface, name))):
             rules.load(rules.without(network.table))
             namespaces.remove_interface(network.interface)
-        netns.remove(name)
-
-
-def _ours(network: Network, name: str) -> bool:
-    """Whether the host's end of that number leads to the namespace: it may be another's, whose
-    number we were about to try."""
-    from pyroute2 import IPRoute, NetNS
-
-    with NetNS(name, flags=0) as inside, IPRoute() as host:
-        theirs = [link.get_attr("IFLA_LINK") for index in inside.link_lookup(ifname=UPLINK)
-                  for link in inside.get_links(index)]
-        return bool({*theirs} & {*host.link_lookup(ifname=network.interface)})
+        points.hit("network.unplugged")
+        if there:
+            namespaces.remove(name)
 
 
 def leftovers(store: StoreFiles) -> list[str]:
-    """Ids of machines of this store whose network is up."""
-    if not any(namespaces.NAMES.glob("epochs-*")):
+    """Ids of machines of this store that have, or may have, a network that is up."""
+    names = {entry.name for entry in namespaces.NAMES.glob("epochs-*")}
+    if not names:
         return []
     start = f"epochs {store.catalog.store_id} "
-    return [alias.removeprefix(start) for interface, alias in namespaces.aliases().items()
-            if interface.startswith(HOST_PREFIX) and alias.startswith(start)]
+    found = {alias.removeprefix(start) for interface, alias in namespaces.aliases().items()
+             if interface.startswith(HOST_PREFIX) and alias.startswith(start)}
+    found |= {machine.id for machine in store.catalog.machines() if namespace(machine.id) in names}
+    return sorted(found)
 
 
 def sweep(store: StoreFiles) -> None:
     """Take down the networks of machines that are off. A command that works on one holds its
-    lock."""
+    lock, or its journal row names it. One that cannot be taken down now is told."""
     for machine_id in leftovers(store):
         with store.try_operation_lock(machine_id, machine_id) as got:
-            if not got:
-                continue
-            if any(machine_id in str(record.plan) for record in store.catalog.journal()):
+            if not got or any(machine_id in str(row.plan) for row in store.catalog.journal()):
                 continue
             if store.catalog.instance_of(machine_id) is None:
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     take_down(store, machine_id)
-
-
-def published(machine: MachineRecord) -> Sequence[str]:
-    """As shown to the user."""
-    return [str(Publish.parse(text)) for text in machine.spec.publish]
-
-
+                except (EpochsError, OSError) as error:
+                    store.notice("the network of a machine that is off cannot be taken down yet: "
+                                 f"{error}")
+        if store.catalog.machine_by_id(machine_id) is None:
+            store.forget_machine_lock(machine_id)

@@ -1,4 +1,8 @@
-"""The kernel's side of an isolated network: namespaces, interfaces, taps; through pyroute2."""
+"""The kernel's side of an isolated network: namespaces, interfaces, taps; through pyroute2.
+
+Only pyroute2's IPRoute is used, in a thread that has entered the namespace: its NetNS and
+netns.create fork, and a signal that comes then runs our own clearing up in the child as well.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import fcntl
 import os
 import signal
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +31,7 @@ from epochs.network.plan import (
 NAMES = Path("/run/netns")
 TUN = Path("/dev/net/tun")
 TUNSETIFF = 0x400454CA  # linux/if_tun.h
+IFF_UP = 1  # linux/if.h
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 Result = TypeVar("Result")
 
@@ -58,11 +64,28 @@ def within(name: str, action: Callable[[], Result]) -> Result:
     from pyroute2 import netns
 
     def there() -> Result:
-        netns.setns(name)
+        netns.setns(name, flags=0)
         return action()
 
     with ThreadPoolExecutor(1, "epochs-netns") as thread:
         return thread.submit(there).result()
+
+
+def create(name: str) -> None:
+    """A new namespace, known by name. Failed in the words of ip(8)."""
+    _ip("add", name)
+
+
+def remove(name: str) -> None:
+    """Forget a namespace; it is gone with the last who is in it."""
+    _ip("delete", name)
+
+
+def _ip(action: str, name: str) -> None:
+    done = subprocess.run(["ip", "netns", action, name], capture_output=True, text=True,
+                          check=False)
+    if done.returncode:
+        raise Failed(f"ip netns {action} {name} failed: {done.stderr.strip()}")
 
 
 def reserve(host: Any, network: Network, name: str) -> bool:
@@ -83,14 +106,19 @@ def reserve(host: Any, network: Network, name: str) -> bool:
 
 
 def connect(host: Any, network: Network, name: str, alias: str) -> None:
-    """Addresses, routes and the bridge. The alias of the host's end says last whose it is, and so
-    that it is complete."""
-    from pyroute2 import NetNS
-
+    """Addresses, routes and the bridge. The alias of the host's end says whose it is."""
     (ours,) = host.link_lookup(ifname=network.interface)
     host.addr("add", index=ours, address=network.host, prefixlen=30)
-    host.link("set", index=ours, state="up")
-    with NetNS(name, flags=0) as inside:
+    host.link("set", index=ours, state="up", ifalias=alias)
+    within(name, lambda: _connect_inside(network))
+    # A port published on 127.0.0.1 leads there.
+    _set(f"ipv4/conf/{network.interface}/route_localnet", "1")
+
+
+def _connect_inside(network: Network) -> None:
+    from pyroute2 import IPRoute
+
+    with IPRoute() as inside:
         inside.link("set", index=inside.link_lookup(ifname="lo")[0], state="up")
         (up,) = inside.link_lookup(ifname=UPLINK)
         inside.addr("add", index=up, address=network.address, prefixlen=30)
@@ -100,10 +128,7 @@ def connect(host: Any, network: Network, name: str, alias: str) -> None:
         (bridge,) = inside.link_lookup(ifname=BRIDGE)
         inside.addr("add", index=bridge, address=GATEWAY, prefixlen=INSIDE)
         inside.link("set", index=bridge, state="up")
-    within(name, lambda: _set("ipv4/ip_forward", "1"))
-    # A port published on 127.0.0.1 leads there.
-    _set(f"ipv4/conf/{network.interface}/route_localnet", "1")
-    host.link("set", index=ours, ifalias=alias)
+    _set("ipv4/ip_forward", "1")
 
 
 def _set(what: str, value: str) -> None:
@@ -111,38 +136,64 @@ def _set(what: str, value: str) -> None:
 
 
 def aliases() -> dict[str, str]:
-    """Interface to alias, of the host's ends that are complete."""
+    """Interface to alias, of those of the host that have one."""
     from pyroute2 import IPRoute
 
-    with IPRoute() as host:
+    with told("a list of interfaces"), IPRoute() as host:
         return {link.get_attr("IFLA_IFNAME"): link.get_attr("IFLA_IFALIAS")
                 for link in host.get_links() if link.get_attr("IFLA_IFALIAS")}
 
 
 def open_tap(name: str, tap: str) -> int:
     """A tap on the namespace's bridge; it is gone when its descriptor is closed."""
-    from pyroute2 import NetNS
+    from pyroute2 import IPRoute
 
     def there() -> int:
         fd = os.open(TUN, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", tap.encode(),
                                                    IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+            with IPRoute() as inside:
+                (index,) = inside.link_lookup(ifname=tap)
+                inside.link("set", index=index, master=inside.link_lookup(ifname=BRIDGE)[0],
+                            state="up")
         except BaseException:
             os.close(fd)
             raise
         return fd
 
-    fd = within(name, there)
+    return within(name, there)
+
+
+def leads_to(interface: str, name: str) -> bool:
+    """Whether the host's end of a pair has its other end in a namespace."""
+    from pyroute2 import IPRoute
+
+    def there() -> set[int]:
+        with IPRoute() as inside:
+            return {link.get_attr("IFLA_LINK") for index in inside.link_lookup(ifname=UPLINK)
+                    for link in inside.get_links(index)}
+
     try:
-        with NetNS(name, flags=0) as inside:
-            (index,) = inside.link_lookup(ifname=tap)
-            inside.link("set", index=index, master=inside.link_lookup(ifname=BRIDGE)[0],
-                        state="up")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        theirs = within(name, there)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False  # a name that was never mounted: its making was killed
+    with IPRoute() as host:
+        return bool(theirs & {*host.link_lookup(ifname=interface)})
+
+
+def has_bridge(name: str) -> bool:
+    """Whether a namespace's own side is complete: its bridge, which is made last, is up."""
+    from pyroute2 import IPRoute
+
+    def there() -> bool:
+        with IPRoute() as inside:
+            return any(link["flags"] & IFF_UP for index in inside.link_lookup(ifname=BRIDGE)
+                       for link in inside.get_links(index))
+
+    return within(name, there)
 
 
 def processes(name: str) -> list[int]:

@@ -12,7 +12,7 @@ from epochs.network.plan import BRIDGE, GUEST, HOST_PREFIX, UPLINK, Network, Pub
 def inside() -> str:
     """In the namespace: what comes for its address is the guest's, what the guest sends leaves
     under that address."""
-    return f"""
+    return without("epochs") + f"""
 table ip epochs {{
     chain prerouting {{
         type nat hook prerouting priority dstnat;
@@ -38,7 +38,7 @@ def outside(network: Network, published: Sequence[Publish]) -> str:
         (f"ip daddr {one.address} " if one.address else "fib daddr type local ")
         + f"{one.protocol} dport {one.port} dnat to {network.address}:{one.guest}"
         for one in published)
-    return f"""
+    return without(network.table) + f"""
 table ip {network.table} {{
     chain forward {{
         type filter hook forward priority filter;

@@ -90,7 +90,7 @@ def recover(store: StoreFiles) -> list[Recovered]:
     try:
         isolated.sweep(store)
     except (EpochsError, OSError) as error:
-        store.notice(f"the network of a machine that is off cannot be taken down yet: {error}")
+        store.notice(f"networks of machines that are off cannot be looked for: {error}")
     if settled or _leftovers(store):
         with store.try_exclusive() as alone:
             if alone:

@@ -46,8 +46,9 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
     disks, chains, clock = wanted.disks, wanted.chains, wanted.clock
     directory = store.instance_dir(target.instance)
     qemu = binary.find(machine.spec.qemu)
-    generation_id = (str(epoch.compatibility["generation_id"])
-                     if epoch is not None and wanted.same_generation else str(uuid.uuid4()))
+    generation_id = str(uuid.uuid4())
+    if epoch is not None and wanted.same_generation:
+        generation_id = str(epoch.compatibility["generation_id"])
     compatibility = command.compatibility(machine.spec, qemu, machine.accel, machine.machine_type,
                                           machine.mac, generation_id)
     packs = memsave.PackStore(store.packs_dir)
@@ -67,8 +68,8 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
                 raise Failed(f"epoch {epoch.id[:12]} has no flat pack to map")
             ram = packs.pack_path(image.flat)
             state_fd = os.open(store.state_file(epoch.id), os.O_RDONLY | os.O_CLOEXEC)
-        if epoch is None or wanted.fork:
-            ports.refuse_taken(store, machine)
+        if store.catalog.instance_of(machine.id) is None:
+            ports.refuse_taken(store, machine)  # else they are its own already
         if machine.spec.net == "isolated":
             isolated.put_up(store, machine)
             tap = isolated.plug(machine.id, target.instance)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from epochs import Machine
+from epochs.network.plan import BRIDGE
 
 SECONDS = 20.0  # that an answer may take
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """The only test on this host that looks at its networks, or turns its forwarding on."""
+    with Path("/run/lock/epochs-test-networks").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def left() -> dict[str, list[str]]:
@@ -23,17 +35,17 @@ def left() -> dict[str, list[str]]:
         "interfaces": [word for word in links if word.startswith("epn-")],
         "tables": [word for word in names("nft", "list", "tables") if word.startswith("epochs-")],
         "servers": [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit()
-                    and _command(entry) == "dnsmasq"],
+                    and _serves(entry)],
     }
 
 
-def _command(entry: Path) -> str:
-    """The name of a process, unless it has ended and only waits for being asked about."""
+def _serves(entry: Path) -> bool:
+    """Whether a process is a dnsmasq of ours that has not ended."""
     try:
-        name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
+        words = (entry / "cmdline").read_bytes().split(b"\0")
     except OSError:
-        return ""
-    return "" if rest.split()[0] == "Z" else name
+        return False
+    return words[0].endswith(b"dnsmasq") and f"--interface={BRIDGE}".encode() in words
 
 
 NOTHING: dict[str, list[str]] = {"namespaces": [], "interfaces": [], "tables": [], "servers": []}

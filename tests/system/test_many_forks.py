@@ -19,7 +19,7 @@ import pytest
 from epochs import Machine, Store
 
 from .guest import Artefacts, ctl, processes_in, wait_console, wait_witness, witness_count
-from .networks import NOTHING, answer, asked, inside, left, serve
+from .networks import NOTHING, alone, answer, asked, inside, left, serve
 
 pytestmark = [pytest.mark.guest, pytest.mark.root, pytest.mark.slow]
 
@@ -38,14 +38,15 @@ def any_qemu() -> str:
 def web(store: Store, tiny: Artefacts) -> Iterator[Machine]:
     spec = tiny.spec(memory=96 * 2**20, disks=("a",))
     machine = store.add("web", replace(spec, net="isolated", append=f"{spec.append} tiny.net"))
-    machine.start()
-    wait_console(machine, "TINY READY")
-    machine.wait_agent()
-    wait_witness(machine, 0)
-    yield machine
-    for one in store.machines():
-        one.remove(with_epochs=True, force=True)
-    assert left() == NOTHING
+    with alone():
+        machine.start()
+        wait_console(machine, "TINY READY")
+        machine.wait_agent()
+        wait_witness(machine, 0)
+        yield machine
+        for one in store.machines():
+            one.remove(with_epochs=True, force=True)
+        assert left() == NOTHING
 
 
 def private_mib(machine: Machine) -> float:
@@ -129,5 +130,7 @@ def test_in_a_row(store: Store, web: Machine) -> None:
     assert sorted(store.files.path.rglob("*")) == files
     assert (after["descriptors"], after["mounts"]) == (before["descriptors"], before["mounts"])
     for kind in ("anonymous", "kernel"):
-        assert after[kind] - before[kind] < LOST_MIB, (kind, before, after)
+        print(f"{kind} memory of this host: {before[kind]} MiB before, {after[kind]} after")
+        if os.environ.get("PYTEST_XDIST_WORKER") is None:  # else others are at work, too
+            assert after[kind] - before[kind] < LOST_MIB, (kind, before, after)
     wait_witness(web, 0)

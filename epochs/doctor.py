@@ -93,7 +93,7 @@ def _networks() -> Check:
     reason = isolated.lacking()
     if reason is not None:
         return Check("isolated networks", LACKING, reason.partition(": ")[0],
-                     reason.partition(": ")[2] or None)
+                     reason.partition(": ")[2] or "run as root, on a kernel with tun")
     return Check("isolated networks", GOOD, "there")
 
 

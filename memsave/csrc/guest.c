@@ -48,7 +48,8 @@ _Static_assert(sizeof(struct scan_arg) == 96, "struct pm_scan_arg");
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { REGIONS = 2048, ENTRIES = 8192, MAX_IOV = 1024, MAX_READ_PAGES = 16384 };
+/* NEAR: pages between two ranges below which looking at them costs less than another call. */
+enum { NEAR = 32, REGIONS = 2048, ENTRIES = 8192, MAX_IOV = 1024, MAX_READ_PAGES = 16384 };
 
 ms_ranges *ms_ranges_new(void)
 {
@@ -160,27 +161,14 @@ int ms_can_scan(int pagemap, uint64_t address)
     return ioctl(pagemap, SCAN_IOCTL, &arg) >= 0;
 }
 
-static int scan_block(const ms_guest *guest, const ms_block *block, int wanted, int protect,
-                      ms_ranges *out, ms_error *error)
+/* Appends what PAGEMAP_SCAN says of arg's range, part of the block. regions: room for REGIONS. */
+static int scan(const ms_guest *guest, struct scan_arg arg, struct scan_region *regions,
+                const ms_block *block, ms_ranges *out, ms_error *error)
 {
-    struct scan_region *regions = malloc(REGIONS * sizeof(*regions));
-    if (!regions)
-        return ms_fail(error, MS_NO_MEMORY, ENOMEM, REGIONS, sizeof(*regions));
-    struct scan_arg arg = {
-        .size = sizeof(arg),
-        .flags = protect ? SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC : 0,
-        .start = block->address,
-        .end = block->address + block->pages * MS_PAGE,
-        .vec = (uint64_t)(uintptr_t)regions,
-        .vec_len = REGIONS,
-        .category_anyof_mask = SCAN_IS_PRESENT | SCAN_IS_SWAPPED,
-        .return_mask = SCAN_IS_PFNZERO,
-    };
-    if (wanted != MS_POPULATED) {
-        arg.category_inverted = SCAN_IS_FILE;
-        arg.category_mask = SCAN_IS_FILE | (wanted == MS_WRITTEN ? SCAN_IS_WRITTEN : 0);
-    }
     int code = MS_OK;
+    arg.size = sizeof(arg);
+    arg.vec = (uint64_t)(uintptr_t)regions;
+    arg.vec_len = REGIONS;
     while (arg.start < arg.end && !code) {
         int got = ioctl(guest->pagemap, SCAN_IOCTL, &arg);
         if (got < 0 && errno == EINTR)
@@ -208,6 +196,55 @@ static int scan_block(const ms_guest *guest, const ms_block *block, int wanted, 
             code = code ? code : ms_fail(error, MS_SYSTEM, ESRCH, arg.start, 0);
         arg.start = seen;
     }
+    return code;
+}
+
+/*
+ * Pages among which all written ones are, and few others where most pages are protected. The kernel
+ * has a short way for exactly this question: without the page's descriptor, which tells a file's
+ * pages from anonymous ones and costs ten times as much (pagemap_scan_pmd_entry()).
+ */
+static int scan_candidates(const ms_guest *guest, struct scan_region *regions,
+                           const ms_block *block, ms_ranges *out, ms_error *error)
+{
+    struct scan_arg arg = {
+        .start = block->address,
+        .end = block->address + block->pages * MS_PAGE,
+        .category_mask = SCAN_IS_WRITTEN,
+        .return_mask = SCAN_IS_WRITTEN,
+    };
+    return scan(guest, arg, regions, block, out, error);
+}
+
+static int scan_block(const ms_guest *guest, const ms_block *block, int wanted, int protect,
+                      ms_ranges *out, ms_error *error)
+{
+    struct scan_region *regions = malloc(REGIONS * sizeof(*regions));
+    ms_ranges where = {0};
+    int code = regions ? ms_ranges_push(&where, block->first_page, block->pages, error)
+                       : ms_fail(error, MS_NO_MEMORY, ENOMEM, REGIONS, sizeof(*regions));
+    if (!code && wanted == MS_WRITTEN) {
+        where.n = 0;
+        code = scan_candidates(guest, regions, block, &where, error);
+    }
+    struct scan_arg arg = {
+        .flags = protect ? SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC : 0,
+        .category_anyof_mask = SCAN_IS_PRESENT | SCAN_IS_SWAPPED,
+        .return_mask = SCAN_IS_PFNZERO,
+    };
+    if (wanted != MS_POPULATED) {
+        arg.category_inverted = SCAN_IS_FILE;
+        arg.category_mask = SCAN_IS_FILE | (wanted == MS_WRITTEN ? SCAN_IS_WRITTEN : 0);
+    }
+    for (size_t i = 0; i < where.n && !code;) {
+        uint64_t start = where.v[i].page, end = start + where.v[i].count;
+        while (++i < where.n && where.v[i].page - end < NEAR)
+            end = where.v[i].page + where.v[i].count;
+        arg.start = block->address + (start - block->first_page) * MS_PAGE;
+        arg.end = block->address + (end - block->first_page) * MS_PAGE;
+        code = scan(guest, arg, regions, block, out, error);
+    }
+    free(where.v);
     free(regions);
     return code;
 }

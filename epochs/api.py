@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import memsave
 from epochs import graph
@@ -36,9 +36,8 @@ from epochs.protocol import create as creation
 from epochs.protocol import delete as deletion
 from epochs.protocol import diff as difference
 from epochs.protocol import fixup as fixing
-from epochs.protocol import instances, lifecycle, recover, switch, upkeep
+from epochs.protocol import instances, lifecycle, recover, standby, switch, upkeep
 from epochs.protocol import mounts as mounting
-from epochs.protocol import pools as pooling
 from epochs.protocol import prune as pruning
 from epochs.protocol import verify as verification
 from epochs.qemu import agent, screen
@@ -47,7 +46,9 @@ from epochs.qemu.process import AGENT_SOCKET, CONSOLE_SOCKET
 from epochs.retention import Policy
 from epochs.spec import XEN, DiskSpec, MachineSpec
 from epochs.store import Notice, StoreFiles, silent
-from epochs.xen import takeover
+
+if TYPE_CHECKING:
+    from epochs.protocol.pools import PoolState
 
 NO_WISHES = Wishes()
 AGENT_LIMIT = 30.0  # seconds the guest agent may take to answer
@@ -135,7 +136,9 @@ class Machine:
     def start(self) -> str:
         """Boot, or let a paused machine go on; returns "started" or "resumed"."""
         with self._store.locked(self.name) as record:
-            return switch.start(self._store.files, record)
+            done = switch.start(self._store.files, record)
+        standby.refill(self._store.files)
+        return done
 
     def stop(self, *, kill: bool = False, timeout: float = lifecycle.STOP_LIMIT) -> None:
         """Power off; ``kill`` pulls the plug, also of a hypervisor that does not answer."""
@@ -160,7 +163,7 @@ class Machine:
     def rollback(self, epoch: Epoch | str | None = None, *, keep: bool = True, fixup: bool = True,
                  running: bool | None = None, progress: Progress = no_progress) -> dict[str, Any]:
         """Back to ``epoch`` (default: the head). Returns the id of the kept epoch, if any, the
-        seconds from the call to the guest running, and what was done in the guest then
+        seconds from the call (or the kept epoch) to the guest running, and what was done in it then
         (:class:`epochs.fixup.Fixup`). Without ``fixup`` it is left alone: it does not notice.
         ``running``: whether it goes on then, or None: if it is not paused now."""
         with self._store.locked(self.name) as record:
@@ -174,6 +177,7 @@ class Machine:
                                    progress=progress)
         told = fixing.fix_up(self._store.files, [self.record], "rollback", target.id, Wishes()
                              ) if fixup else [None]
+        standby.refill(self._store.files)
         return {"machine": self.name, "epoch": target.id, **done, "fixup": told[0]}
 
     def needed(self, epoch: Epoch) -> AbstractContextManager[None]:
@@ -353,6 +357,8 @@ class Store:
                   progress: Progress | None = None) -> Machine:
         """A machine out of a domain of Xen that runs without us; its guest goes on. ``disks`` say
         which backends they get. See :mod:`epochs.xen.takeover`."""
+        from epochs.xen import takeover
+
         self.settle()
         epoch = takeover.take_over(self.files, name, domain, disks,
                                    progress=progress or no_progress)
@@ -380,32 +386,66 @@ class Store:
             for machine, told in zip(machines, fixing.fix_up(
                     self.files, records, "fork", found.id, wishes), strict=True):
                 machine.fixup = told
+        standby.refill(self.files)
         return machines
 
+    # -- standby instances -------------------------------------------------------------------------
+    def standby(self, epoch: Epoch | str, count: int, *, machine: str | None = None,
+                fixup: bool = True) -> None:
+        """Have ``count`` instances of an epoch ready from now on, so that a rollback of ``machine``
+        to it, or, None, a fork of it, takes milliseconds; 0: none. ``fixup``: as the rollback or
+        the fork will say. Returns when they are ready, as far as they can be (:meth:`standbys`)."""
+        self.settle()
+        owner = None if machine is None else self.files.catalog.machine(machine)
+        standby.wish(self.files, self.epoch(epoch).record, count, owner=owner,
+                     same_generation=not fixup)
+        self.fill_standbys()
+
+    def standbys(self) -> list[dict[str, Any]]:
+        """What is wanted and what is there (docs/json.md)."""
+        self.settle()
+        return standby.listed(self.files)
+
+    def fill_standbys(self, *, wait: bool = True) -> None:
+        """Make what is missing. Who takes one has this done in the background. ``wait``: also for
+        whoever is at it, else leave it to them."""
+        self.settle()
+        standby.fill(self.files, wait=wait)
+
     # -- pools -------------------------------------------------------------------------------------
-    def pools(self) -> list[pooling.PoolState]:
+    def pools(self) -> list[PoolState]:
         """All thin pools of this store, as they are now."""
+        from epochs.protocol import pools as pooling
+
         self.settle()
         return pooling.listed(self.files)
 
-    def pool(self, name: str) -> pooling.PoolState:
+    def pool(self, name: str) -> PoolState:
         """One pool; NotFound."""
+        from epochs.protocol import pools as pooling
+
         self.settle()
         return pooling.state(self.files, pooling.named(self.files, name))
 
     def create_pool(self, name: str, path: Path | str, *, size: int | None = None,
-                    force: bool = False) -> pooling.PoolState:
+                    force: bool = False) -> PoolState:
         """A new pool on a device or file; see :func:`epochs.protocol.pools.create`."""
+        from epochs.protocol import pools as pooling
+
         self.settle()
         return pooling.create(self.files, name, Path(path), size=size, force=force)
 
-    def extend_pool(self, name: str, *, size: int | None = None) -> pooling.PoolState:
+    def extend_pool(self, name: str, *, size: int | None = None) -> PoolState:
         """Let a pool have what its device became larger by."""
+        from epochs.protocol import pools as pooling
+
         self.settle()
         return pooling.extend(self.files, name, size=size)
 
     def remove_pool(self, name: str) -> None:
         """Give a pool's device back; Refused while layers are in it."""
+        from epochs.protocol import pools as pooling
+
         self.settle()
         pooling.remove(self.files, name)
 

@@ -70,6 +70,14 @@ CREATE TABLE instances (
 CREATE TABLE instance_packs (
     instance TEXT NOT NULL REFERENCES instances(id) ON DELETE CASCADE,
     pack TEXT NOT NULL REFERENCES packs(id), PRIMARY KEY (instance, pack)) STRICT;
+CREATE TABLE standbys (
+    machine TEXT PRIMARY KEY REFERENCES machines(id) ON DELETE CASCADE,
+    epoch TEXT NOT NULL REFERENCES epochs(id), owner TEXT REFERENCES machines(id),
+    same_generation INTEGER NOT NULL) STRICT;
+CREATE TABLE standby_wishes (
+    epoch TEXT NOT NULL REFERENCES epochs(id) ON DELETE CASCADE,
+    owner TEXT REFERENCES machines(id) ON DELETE CASCADE, same_generation INTEGER NOT NULL,
+    count INTEGER NOT NULL, trouble TEXT) STRICT;
 CREATE TABLE journal (
     id TEXT PRIMARY KEY, kind TEXT NOT NULL, machine TEXT, phase TEXT NOT NULL,
     pid INTEGER NOT NULL, start_time INTEGER NOT NULL, boot TEXT NOT NULL, started REAL NOT NULL,
@@ -162,6 +170,33 @@ class InstanceRecord:
     compatibility: dict[str, Any]
     started: float
     trusted: bool
+
+
+@dataclass(frozen=True)
+class StandbyRecord:
+    """An instance that is held complete ahead of need: the id of the machine that nobody sees, its
+    epoch, and what it may become: instance of the machine ``owner`` by a rollback, or, None, a
+    fork. ``same_generation``: its guest will not notice."""
+
+    machine: str
+    epoch: str
+    owner: str | None
+    same_generation: bool
+
+
+@dataclass(frozen=True)
+class StandbyWish:
+    """How many standbys of a kind somebody wants. ``trouble``: why there were fewer."""
+
+    epoch: str
+    owner: str | None
+    same_generation: bool
+    count: int
+    trouble: str | None
+
+    def wants(self, standby: StandbyRecord) -> bool:
+        return (standby.epoch, standby.owner, standby.same_generation) == (
+            self.epoch, self.owner, self.same_generation)
 
 
 @dataclass(frozen=True)
@@ -302,13 +337,17 @@ class Catalog:
     def _machine(self, row: Any) -> MachineRecord:
         return MachineRecord(row[0], row[1], MachineSpec.from_json(row[2]), *row[3:])
 
+    _SEEN = "id NOT IN (SELECT machine FROM standbys)"
+
     def machines(self) -> list[MachineRecord]:
-        rows = self._db.execute(f"SELECT {self._MACHINE} FROM machines ORDER BY name")
+        """All that users see, by name."""
+        rows = self._db.execute(f"SELECT {self._MACHINE} FROM machines WHERE {self._SEEN} "
+                                "ORDER BY name")
         return [self._machine(row) for row in rows]
 
     def find_machine(self, name: str) -> MachineRecord | None:
-        row = self._db.execute(f"SELECT {self._MACHINE} FROM machines WHERE name = ?",
-                               (name,)).fetchone()
+        row = self._db.execute(f"SELECT {self._MACHINE} FROM machines WHERE name = ? "
+                               f"AND {self._SEEN}", (name,)).fetchone()
         return self._machine(row) if row else None
 
     def machine(self, name: str) -> MachineRecord:
@@ -330,8 +369,7 @@ class Catalog:
                 machine.id, machine.name, machine.spec.to_json(), machine.created,
                 machine.machine_type, machine.mac, machine.accel, machine.head))
         except sqlite3.IntegrityError as error:
-            raise Refused(f"there is a machine '{machine.name}' already; "
-                          "choose another name") from error
+            raise _name_taken(machine) from error
         for position, disk in enumerate(disks):
             self._db.execute("INSERT INTO disks VALUES (?,?,?,?,?,?)", (
                 machine.id, disk.name, position, disk.backend, disk.base, disk.active))
@@ -565,6 +603,46 @@ class Catalog:
         """The tracking describes everything written since the last seal (again)."""
         self._db.execute("UPDATE instances SET trusted = 1 WHERE id = ?", (instance_id,))
 
+    def instance_packs(self, instance_id: str) -> frozenset[str]:
+        """The packs that an instance's base map refers to."""
+        rows = self._db.execute("SELECT pack FROM instance_packs WHERE instance = ?",
+                                (instance_id,))
+        return frozenset(row[0] for row in rows)
+
+    # -- standbys ------------------------------------------------------------------------------
+    def standbys(self) -> list[StandbyRecord]:
+        """All, the oldest first. The machine of each has its instance and disks."""
+        return [StandbyRecord(row[0], row[1], row[2], bool(row[3])) for row in self._db.execute(
+            "SELECT machine, epoch, owner, same_generation FROM standbys ORDER BY rowid")]
+
+    def add_standby(self, standby: StandbyRecord) -> None:
+        """Let nobody see a machine that was added in this transaction."""
+        self._db.execute("INSERT INTO standbys VALUES (?,?,?,?)", (
+            standby.machine, standby.epoch, standby.owner, int(standby.same_generation)))
+
+    def reveal(self, machine: MachineRecord) -> None:
+        """Make a standby the machine that it is from now on; Refused if the name is taken."""
+        self._db.execute("DELETE FROM standbys WHERE machine = ?", (machine.id,))
+        try:
+            self._db.execute("UPDATE machines SET name = ?, spec = ?, created = ? WHERE id = ?", (
+                machine.name, machine.spec.to_json(), machine.created, machine.id))
+        except sqlite3.IntegrityError as error:
+            raise _name_taken(machine) from error
+
+    def standby_wishes(self) -> list[StandbyWish]:
+        return [StandbyWish(row[0], row[1], bool(row[2]), *row[3:]) for row in self._db.execute(
+            "SELECT epoch, owner, same_generation, count, trouble FROM standby_wishes "
+            "ORDER BY rowid")]
+
+    def put_standby_wish(self, wish: StandbyWish) -> None:
+        """Insert or replace a wish; a count of 0 removes it."""
+        key = (wish.epoch, wish.owner, int(wish.same_generation))
+        self._db.execute("DELETE FROM standby_wishes WHERE epoch = ? AND owner IS ? "
+                         "AND same_generation = ?", key)
+        if wish.count:
+            self._db.execute("INSERT INTO standby_wishes VALUES (?,?,?,?,?)",
+                             (*key, wish.count, wish.trouble))
+
     # -- journal -------------------------------------------------------------------------------
     def _journal(self, row: Any) -> JournalRecord:
         return JournalRecord(row[0], row[1], row[2], row[3], ProcessId(*row[4:7]), row[7],
@@ -594,6 +672,10 @@ class Catalog:
 
     def end(self, journal_id: str) -> None:
         self._db.execute("DELETE FROM journal WHERE id = ?", (journal_id,))
+
+
+def _name_taken(machine: MachineRecord) -> Refused:
+    return Refused(f"there is a machine '{machine.name}' already; choose another name")
 
 
 def new_journal(journal_id: str, kind: str, machine: str | None,

@@ -23,6 +23,7 @@ from epochs.catalog import (
     JournalRecord,
     MachineRecord,
 )
+from epochs.errors import Failed
 from epochs.fixup import Fixup, Wishes
 from epochs.spec import XEN, DiskSpec, MachineSpec
 from epochs.store import StoreFiles
@@ -87,6 +88,11 @@ class Laps:
         self.steps[name] = now - self.last
         self.last = now
 
+    def rest(self, steps: Mapping[str, float]) -> None:
+        """Steps that another clock measured since the last one."""
+        self.steps.update(steps)
+        self.last = time.perf_counter()
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -114,6 +120,8 @@ class Ready(ABC):
     layers: dict[str, Layer]
     packs: frozenset[str]
     timings: dict[str, float]
+    standby: str | None = field(default=None, kw_only=True)
+    """The machine that nobody sees whose instance it was (:mod:`epochs.protocol.standby`)."""
 
     @abstractmethod
     def go_on(self) -> None:
@@ -208,10 +216,25 @@ class Hypervisor(ABC):
         """Make an instance: of an epoch, or about to boot. What was made until it raises is removed
         by ``end``."""
 
+    has_standbys = False
+    """Whether instances can be made ahead of need."""
+
+    def held(self, store: StoreFiles, machine: MachineRecord, record: InstanceRecord,
+             layers: dict[str, Layer], packs: frozenset[str]) -> Ready:
+        """A standby that was made ahead of need, as the instance of ``machine`` that ``record``
+        says. HypervisorDied if it is gone."""
+        raise Failed(f"machine '{machine.name}' has no standby instances")
+
     @abstractmethod
     def end(self, store: StoreFiles, instance_id: str) -> None:
         """End an instance at once, recorded or not, and everything that was making it, and wait
         until they are gone; nothing if there is none."""
+
+    def strike(self, store: StoreFiles, machine: MachineRecord,
+               instance: InstanceRecord) -> None:
+        """Have the guest of a recorded instance run no more, at once; whoever calls this calls
+        ``end`` as well. What the machine's next instance needs is free when this returns."""
+        self.end(store, instance.id)
 
     def released(self, store: StoreFiles,  # noqa: B027 - most have nothing to do
                  machine_id: str) -> None:

@@ -66,6 +66,7 @@ POINTS: dict[str, tuple[str, ...]] = {
                   "take-over.old-gone"),
     "network": ("network.named", "network.reserved", "network.made", "network.ruled",
                 "network.unplugged"),
+    "standby": ("standby.intended", "standby.launched", "standby.recorded", "standby.ended"),
     "mount": ("mount.intended", "mount.served", "mount.mounted", "umount.unmounted"),
     "consolidate": (
         "consolidate.intended",

@@ -50,6 +50,10 @@ class ProcessId:
         """SIGTERM; nothing if it is gone."""
         self._signal(signal.SIGTERM)
 
+    def strike(self) -> None:
+        """SIGKILL without waiting for the end: it runs no more, but may still hold things."""
+        self._signal(signal.SIGKILL)
+
     def _signal(self, number: signal.Signals) -> None:
         try:
             fd = os.pidfd_open(self.pid)
@@ -110,3 +114,20 @@ def working_in(directory: Path) -> list[ProcessId]:
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             continue  # gone meanwhile, or another user's, which we cannot have spawned
     return found
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that a process shares with no other (smaps_rollup of proc(5)); 0 once it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in text.splitlines()
+               if line.startswith(("Private_Clean:", "Private_Dirty:")))
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes that the host has, and that new processes could get."""
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(found[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    return total, free

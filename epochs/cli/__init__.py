@@ -27,6 +27,7 @@ COMMANDS = {
     "create": ("states", "Make an epoch of a running machine."),
     "rollback": ("states", "Put a machine back to an epoch."),
     "fork": ("states", "Start new machines from an epoch."),
+    "standby": ("standby", "Have instances of an epoch ready ahead of need."),
     "guard": ("guarding", "Run a command, and go back to before it if it fails."),
     "log": ("history", "Show the graph of epochs."),
     "show": ("history", "Show one epoch."),

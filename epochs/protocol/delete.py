@@ -9,7 +9,7 @@ from pathlib import Path
 from epochs import points
 from epochs.catalog import EpochRecord
 from epochs.errors import Refused
-from epochs.protocol import mounts, upkeep
+from epochs.protocol import mounts, standby, upkeep
 from epochs.protocol.journal import operation
 from epochs.store import StoreFiles
 
@@ -46,6 +46,7 @@ def delete(store: StoreFiles, epochs: list[EpochRecord]) -> Deletion:
         for one in store.needed_epochs() & {*ids}:
             raise Refused(f"epoch {one[:12]} is what a guarded command goes back to if it fails; "
                           "wait until it is done")
+        standby.drop_of(store, epochs=ids)
         layers = sorted({layer for epoch in ids
                          for layer in store.catalog.epoch_layers(epoch).values()})
         with operation(store, "delete", None, {"epochs": ids, "layers": layers},

@@ -24,13 +24,17 @@ def under_way_here(record: JournalRecord) -> bool:
 class Operation:
     """An operation under way; ``record`` is what the journal holds of it now."""
 
-    def __init__(self, store: StoreFiles, record: JournalRecord) -> None:
+    def __init__(self, store: StoreFiles, record: JournalRecord, early: bool) -> None:
         self._store = store
         self.record = record
+        self._begun = early
 
     def phase(self, phase: str, **more: Any) -> None:
         """Persist how far the operation got (joins a transaction that is open)."""
         with self._store.catalog.transaction():
+            if not self._begun:
+                self._store.catalog.begin(self.record)
+                self._begun = True
             self.record = self._store.catalog.note_phase(self.record, phase, **more)
 
     def end(self) -> None:
@@ -41,15 +45,17 @@ class Operation:
 
 @contextmanager
 def operation(store: StoreFiles, kind: str, machine: str | None, plan: dict[str, Any],
-              undo: Undo) -> Iterator[Operation]:
-    """Journal an operation; if the body raises, undo it and let the exception go on."""
+              undo: Undo, *, early: bool = True) -> Iterator[Operation]:
+    """Journal an operation; if the body raises, undo it and let the exception go on. Without
+    ``early`` its row comes with its first phase, as nothing is made before."""
     record = new_journal(new_id(), kind, machine, plan)
     _under_way.add(record.id)
     try:
-        with store.catalog.transaction():
-            store.catalog.begin(record)
+        if early:
+            with store.catalog.transaction():
+                store.catalog.begin(record)
         try:
-            yield Operation(store, record)
+            yield Operation(store, record, early)
         except BaseException as error:
             try:
                 # As the catalog has it: a phase whose COMMIT failed was never reached.

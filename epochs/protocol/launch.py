@@ -15,6 +15,7 @@ from epochs import points
 from epochs.catalog import DiskRecord, EpochRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree
 from epochs.hypervisor import Hypervisor, Laps, Launch, Ready, Target, hypervisor
+from epochs.protocol import upkeep
 from epochs.store import StoreFiles, new_id
 
 
@@ -89,3 +90,17 @@ def undo(store: StoreFiles, driver: Hypervisor, target: Target,
     for disk, layer_id in target.layers.items():
         store.backend(backends[disk]).discard(layer_id)
     remove_tree(store.instance_dir(target.instance))
+
+
+def put_off(store: StoreFiles, machine: MachineRecord) -> None:
+    """End a machine's hypervisor at once and forget the instance (its disks stay)."""
+    instance = store.catalog.instance_of(machine.id)
+    if instance is None:
+        return
+    hypervisor(machine.spec).end(store, instance.id)
+    with store.catalog.transaction():
+        store.catalog.remove_instance(instance.id)
+    remove_tree(store.instance_dir(instance.id))
+    upkeep.deactivate(store, [disk.active for disk in store.catalog.disks(machine.id)
+                              if disk.active])
+    upkeep.drop_packs(store)

@@ -16,10 +16,10 @@ from epochs.catalog import DiskRecord, JournalRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree
 from epochs.errors import Refused
 from epochs.hypervisor import Hypervisor, hypervisor
-from epochs.protocol import mounts, pools, upkeep
+from epochs.protocol import mounts, standby, upkeep
 from epochs.protocol.instances import state
 from epochs.protocol.journal import operation
-from epochs.protocol.switch import put_off
+from epochs.protocol.launch import put_off
 from epochs.qemu import command
 from epochs.spec import DiskSpec, MachineSpec, check_name
 from epochs.store import StoreFiles, new_id
@@ -114,6 +114,8 @@ def new_base(store: StoreFiles, disk: DiskSpec, backend: str) -> str:
             raise Refused(f"disk '{disk.name}' goes into a pool only with backend=dmthin")
         return new_id()
     if disk.pool is not None:
+        from epochs.protocol import pools
+
         return store.layer_in_pool(pools.named(store, disk.pool).id)
     there = store.catalog.pools()
     if len(there) != 1:
@@ -180,8 +182,10 @@ def stop(store: StoreFiles, machine: MachineRecord, *, kill: bool = False,
         raise Refused(f"machine '{machine.name}' is off already")
     if found.alive and found.word != "off" and not kill:
         hypervisor(machine.spec).power_off(store, machine, found.instance, limit)
-    put_off(store, machine)
-    hypervisor(machine.spec).released(store, machine.id)
+    with store.shared():
+        put_off(store, machine)
+        standby.drop_of(store, owner=machine.id)
+        hypervisor(machine.spec).released(store, machine.id)
 
 
 @dataclass(frozen=True)
@@ -200,10 +204,12 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
     mounts.refuse_mounted(store, store.catalog.epochs_of(machine.id) if with_epochs else [])
     with store.shared():
         put_off(store, machine)
+        standby.drop_of(store, owner=machine.id)
         hypervisor(machine.spec).released(store, machine.id)
     with store.exclusive():
         gone = store.catalog.epochs_of(machine.id) if with_epochs else []
         mounts.refuse_mounted(store, gone)
+        standby.drop_of(store, epochs=gone, owner=machine.id)
         layers = [layer for disk in store.catalog.disks(machine.id)
                   for layer in (disk.active, disk.base) if layer]
         with operation(store, "remove", machine.id,

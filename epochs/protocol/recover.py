@@ -10,37 +10,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 from blockcow import BlockError
 from epochs.catalog import JournalRecord
 from epochs.errors import EpochsError
 from epochs.network import isolated
 from epochs.processes import ProcessId
-from epochs.protocol import create, lifecycle, mounts, pools, switch, upkeep
+from epochs.protocol import create, lifecycle, mounts, standby, switch, upkeep
 from epochs.protocol.journal import under_way_here
 from epochs.store import StoreFiles
-from epochs.xen import images, takeover
 from memsave.errors import MemsaveError
 
-UNDO: dict[str, Callable[[StoreFiles, JournalRecord], None]] = {
+Undo = Callable[[StoreFiles, JournalRecord], None]
+
+
+def _later(module: str, function: str) -> Undo:
+    """A function that is imported when it is called: few commands ever need it."""
+    def undo(store: StoreFiles, record: JournalRecord) -> None:
+        getattr(import_module(module), function)(store, record)
+
+    return undo
+
+
+UNDO: dict[str, Undo] = {
     "add": lifecycle.undo_add,
     "create": create.undo,
+    "standby": standby.undo,
     "start": switch.undo,
     "rollback": switch.undo,
     "fork": switch.undo,
     "delete": upkeep.redo_delete,
     "remove": upkeep.redo_delete,
     "consolidate": upkeep.undo_consolidate,
-    "import-xen": images.undo_import,
-    "export-xen": images.undo_export,
-    "take-over": takeover.undo,
+    "import-xen": _later("epochs.xen.images", "undo_import"),
+    "export-xen": _later("epochs.xen.images", "undo_export"),
+    "take-over": _later("epochs.xen.takeover", "undo"),
     "mount": mounts.undo_mount,
     "umount": mounts.undo_mount,
     "view": mounts.undo_mount,
     "rebacking": upkeep.undo_rebacking,
-    "pool-create": pools.undo_create,
-    "pool-extend": pools.redo_extend,
-    "pool-remove": pools.redo_remove,
+    "pool-create": _later("epochs.protocol.pools", "undo_create"),
+    "pool-extend": _later("epochs.protocol.pools", "redo_extend"),
+    "pool-remove": _later("epochs.protocol.pools", "redo_remove"),
 }
 
 
@@ -87,6 +99,10 @@ def recover(store: StoreFiles) -> list[Recovered]:
         mounts.drop_dead(store)
     except (EpochsError, BlockError, OSError) as error:
         store.notice(f"a mount whose daemon has ended cannot be taken down yet: {error}")
+    try:
+        standby.drop_dead(store)
+    except (EpochsError, BlockError, OSError) as error:
+        store.notice(f"a standby instance that has died cannot be dropped yet: {error}")
     try:
         isolated.sweep(store)
     except (EpochsError, OSError) as error:

@@ -26,6 +26,7 @@ from epochs.durable import make_directory, remove_tree
 from epochs.errors import HypervisorDied, Refused
 from epochs.hypervisor import (
     RUNNING,
+    Laps,
     Progress,
     Ready,
     Target,
@@ -34,7 +35,7 @@ from epochs.hypervisor import (
     no_progress,
 )
 from epochs.protocol import create as creation
-from epochs.protocol import launch, upkeep, verify
+from epochs.protocol import launch, standby, upkeep, verify
 from epochs.protocol.instances import state
 from epochs.protocol.journal import operation
 from epochs.spec import check_name, check_publish
@@ -59,7 +60,7 @@ def start(store: StoreFiles, machine: MachineRecord) -> str:
         target = launch.new_target(store, machine.id, disks, cold=True)
         if found.instance is not None:
             # The old process (dead, or a powered-off guest's) still has the disks open.
-            put_off(store, machine)
+            launch.put_off(store, machine)
         plan = _plan([target], disks, kind=machine.spec.hypervisor, running=True,
                      kept=[disk.active for disk in disks if disk.active])
         for disk in disks:  # what cannot be undone now is better not begun
@@ -86,8 +87,10 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
     ``same_generation``: its guest is not to notice. ``running`` afterwards, or paused; None: as it
     is now.
 
-    The caller holds the machine's lock. Returns {"kept": id or None, "seconds": …, "steps": …}.
+    The caller holds the machine's lock. Returns {"kept": id or None, "seconds": …, "steps": …},
+    the steps with "take" if there was a standby instance.
     """
+    began, clock = time.perf_counter(), Laps()
     found = state(store, machine)
     if keep and not (found.instance is not None and found.word in (RUNNING, "paused")):
         why = "is off" if found.word == "off" else f"is not in a state to be sealed ({found.word})"
@@ -105,37 +108,63 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                                    message=f"before rollback to {epoch.id[:12]}").id
             machine = store.catalog.machine(machine.name)
             disks = store.catalog.disks(machine.id)
-        began = time.perf_counter()
+            began, clock = time.perf_counter(), Laps()
+        clock.lap("check")
         driver = hypervisor(machine.spec)
-        target = launch.new_target(store, machine.id, disks, cold=False)
         old = store.catalog.instance_of(machine.id)
-        plan = _plan([target], disks, kind=machine.spec.hypervisor, running=running,
-                     old=old.id if old else None,
-                     old_layers=[disk.active for disk in disks if disk.active])
-        with operation(store, "rollback", machine.id, plan, undo) as under_way:
-            points.hit("rollback.intended")
-            ready = launch.launch(store, machine, disks, target, epoch,
-                                  same_generation=same_generation)
-            with ready:
-                points.hit("rollback.prepared")
-                with _ready_to_take_over(store, machine, ready, disks, old, running), \
-                        store.catalog.transaction():
-                    _put(store, [ready])
-                    store.catalog.set_head(machine.id, epoch.id)
-                    under_way.phase("switched")
-                points.hit("rollback.switched")
-                if old is not None:
-                    driver.end(store, old.id)
-                points.hit("rollback.old-gone")
-                _take_over(store, [target])
-                driver.alone(store, machine, target.instance)
-                points.hit("rollback.taken-over")
-                if running:
-                    ready.go_on()
-                seconds = time.perf_counter() - began
-            points.hit("rollback.resumed")
-            _finish(store, under_way.record)
-    return {"kept": kept, "seconds": seconds, "steps": ready.timings}
+        with standby.taken(store, epoch.id, [lambda _: machine], owner=machine,
+                           same_generation=same_generation) as spares:
+            target = (spares[0].target if spares
+                      else launch.new_target(store, machine.id, disks, cold=False))
+            plan = _plan([target], disks, kind=machine.spec.hypervisor, running=running,
+                         spares=spares, old=old.id if old else None,
+                         old_layers=[disk.active for disk in disks if disk.active])
+            if spares:
+                clock.lap("take")
+            # A spare is there already: until the switch there is nothing to undo.
+            with operation(store, "rollback", machine.id, plan, undo,
+                           early=not spares) as under_way:
+                points.hit("rollback.intended")
+                ready = (spares[0].ready if spares
+                         else launch.launch(store, machine, disks, target, epoch,
+                                            same_generation=same_generation))
+                clock.rest(ready.timings)
+                with ready:
+                    points.hit("rollback.prepared")
+                    with _ready_to_take_over(store, machine, ready, disks, old, running), \
+                            store.catalog.transaction():
+                        _put(store, [ready])
+                        store.catalog.set_head(machine.id, epoch.id)
+                        under_way.phase("switched")
+                    points.hit("rollback.switched")
+                    clock.lap("switch")
+                    _replace(store, machine, disks, old, target)
+                    clock.lap("replace")
+                    if running:
+                        ready.go_on()
+                    clock.lap("resume")
+                    seconds = clock.last - began
+                    if old is not None:
+                        driver.end(store, old.id)
+                points.hit("rollback.resumed")
+                _finish(store, under_way.record)
+    return {"kept": kept, "seconds": seconds, "steps": clock.steps}
+
+
+def _replace(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
+             old: InstanceRecord | None, target: Target) -> None:
+    """The old guest runs no more, and the new instance has what there is once. Where the disks
+    have one place only, the old one is gone altogether before."""
+    driver = hypervisor(machine.spec)
+    if old is not None:
+        if any(store.backend(disk.backend).takes_over for disk in disks):
+            driver.end(store, old.id)
+        else:
+            driver.strike(store, machine, old)
+    points.hit("rollback.old-gone")
+    _take_over(store, [target])
+    driver.alone(store, machine, target.instance)
+    points.hit("rollback.taken-over")
 
 
 def _check_same_disks(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
@@ -179,41 +208,57 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
         _refuse_forks(store, epoch)
-        now = time.time()
+        disks = standby.disks_of(store, epoch)
         source = store.catalog.machine_by_id(epoch.machine)
-        disks = [DiskRecord(disk, store.catalog.layer(layer).backend,
-                            store.catalog.chain(layer)[-1].id, None)
-                 for disk, layer in store.catalog.epoch_layers(epoch.id).items()]
-        machines = [
-            hypervisor(epoch.spec).forked(
-                MachineRecord(new_id(), name, spec, now, "", "", "", epoch.id), epoch,
-                source)
-            for name in names]
-        targets = [launch.new_target(store, m.id, disks, cold=False) for m in machines]
-        plan = _plan(targets, disks, kind=epoch.spec.hypervisor, running=not paused)
-        with operation(store, "fork", None, plan, undo) as under_way:
-            points.hit("fork.intended")
-            for machine in machines:
-                make_directory(store.machine_dir(machine.id))
-            launched = _launch_all(store, machines, disks, targets, epoch, same_generation)
-            try:
-                points.hit("fork.prepared")
-                with store.catalog.transaction():
-                    for machine in machines:
-                        store.catalog.add_machine(machine, disks)
-                    _put(store, launched)
-                    under_way.phase("switched")
-                points.hit("fork.committed")
-                for machine, ready in zip(machines, launched, strict=True):
-                    hypervisor(epoch.spec).alone(store, machine, ready.record.id)
-                    if not paused:
-                        ready.go_on()
-                points.hit("fork.resumed")
-            finally:
-                for ready in launched:
-                    ready.close()
-            under_way.end()
+        new = [MachineRecord(new_id(), name, spec, time.time(), "", "", "", epoch.id)
+               for name in names]
+        forked = [hypervisor(epoch.spec).forked(machine, epoch, source) for machine in new]
+        with standby.taken(store, epoch.id, [_called(machine) for machine in forked], owner=None,
+                           same_generation=same_generation) as spares:
+            machines = [*(spare.machine for spare in spares), *forked[len(spares):]]
+            _fork(store, epoch, machines, disks, spares, paused, same_generation)
     return machines
+
+
+def _called(fork: MachineRecord) -> standby.Becoming:
+    """A standby becomes a fork: it keeps its id, which is that of its network and console."""
+    return lambda hidden: replace(fork, id=hidden.id)
+
+
+def _fork(store: StoreFiles, epoch: EpochRecord, machines: list[MachineRecord],
+          disks: list[DiskRecord], spares: list[standby.Spare], paused: bool,
+          same_generation: bool) -> None:
+    """Launch those of ``machines`` that are not spares, the first ones, and switch."""
+    driver = hypervisor(epoch.spec)
+    fresh = machines[len(spares):]
+    targets = [launch.new_target(store, m.id, disks, cold=False) for m in fresh]
+    plan = _plan([*(spare.target for spare in spares), *targets], disks,
+                 kind=epoch.spec.hypervisor, running=not paused, spares=spares)
+    with operation(store, "fork", None, plan, undo) as under_way:
+        points.hit("fork.intended")
+        for machine in machines:
+            make_directory(store.machine_dir(machine.id))
+        launched = _launch_all(store, fresh, disks, targets, epoch, same_generation)
+        try:
+            points.hit("fork.prepared")
+            ready = [*(spare.ready for spare in spares), *launched]
+            with store.catalog.transaction():
+                for spare in spares:
+                    store.catalog.reveal(spare.machine)
+                for machine in fresh:
+                    store.catalog.add_machine(machine, disks)
+                _put(store, ready)
+                under_way.phase("switched")
+            points.hit("fork.committed")
+            for machine, one in zip(machines, ready, strict=True):
+                driver.alone(store, machine, one.record.id)
+                if not paused:
+                    one.go_on()
+            points.hit("fork.resumed")
+        finally:
+            for one in launched:
+                one.close()
+        under_way.end()
 
 
 def _refuse_forks(store: StoreFiles, epoch: EpochRecord) -> None:
@@ -237,6 +282,8 @@ def _launch_all(store: StoreFiles, machines: list[MachineRecord], disks: list[Di
         finally:
             own.close()
 
+    if not machines:
+        return []
     if len(machines) == 1:
         return [launch.launch(store, machines[0], disks, targets[0], epoch, fork=True,
                               same_generation=same_generation)]
@@ -252,22 +299,26 @@ def _launch_all(store: StoreFiles, machines: list[MachineRecord], disks: list[Di
 
 
 def _plan(targets: Iterable[Target], disks: list[DiskRecord], *, kind: str, running: bool,
-          old: str | None = None, old_layers: Iterable[str] = (),
-          kept: Iterable[str] = ()) -> dict[str, Any]:
-    """``kept``: active layers that a cold start goes on with."""
+          spares: Iterable[standby.Spare] = (), old: str | None = None,
+          old_layers: Iterable[str] = (), kept: Iterable[str] = ()) -> dict[str, Any]:
+    """``kept``: active layers that a cold start goes on with. ``spares`` are noted by instance,
+    with the machine that nobody sees: until the switch they are the standby's own."""
     return {"targets": [target.to_plan() for target in targets], "hypervisor": kind,
             "backends": {disk.name: disk.backend for disk in disks}, "running": running,
-            "old": old, "old_layers": list(old_layers), "kept": list(kept)}
+            "old": old, "old_layers": list(old_layers), "kept": list(kept),
+            "spares": {spare.target.instance: spare.ready.standby for spare in spares}}
 
 
 def _put(store: StoreFiles, instances: list[Ready]) -> None:
     """Record ready instances with their layers (inside the switching transaction)."""
     for ready in instances:
+        if ready.standby not in (None, ready.record.machine):
+            store.catalog.remove_machine(ready.standby)
         for disk, layer in ready.layers.items():
             store.catalog.put_layer(layer)
             store.catalog.set_active(ready.record.machine, disk, layer.id)
         store.catalog.put_instance(ready.record, ready.packs)
-    store.moved_on((layer.backend, layer.id) for ready in instances
+    store.moved_on((layer.backend, layer.id) for ready in instances if ready.standby is None
                    for layer in ready.layers.values())
 
 
@@ -293,6 +344,7 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
     if record.plan["old"] and record.plan["running"] and any(
             store.backend(backend).takes_over for backend in record.plan["backends"].values()):
         _let_go_on(store, record.machine or "", record.plan["old"])
+    targets = [target for target in targets if target.instance not in record.plan["spares"]]
     for target in targets:
         launch.undo(store, driver, target, record.plan["backends"])
         if store.catalog.instance_of(target.machine) is None:
@@ -361,7 +413,7 @@ def _give_up(store: StoreFiles, targets: Iterable[Target], error: LayerDamaged) 
             with store.catalog.transaction():
                 store.catalog.put_layer(replace(chain[0], backing=chain[-1].id))
         if machine is not None:
-            put_off(store, machine)
+            launch.put_off(store, machine)
             store.notice(f"machine '{machine.name}' is off, and its disks may be a mixture of two "
                          f"states ({error}); roll it back to another epoch")
 
@@ -401,19 +453,8 @@ def _finish(store: StoreFiles, record: JournalRecord) -> None:
     upkeep.deactivate(store, record.plan["old_layers"])
     upkeep.drop_layers(store, record.plan["old_layers"])
     upkeep.drop_packs(store)
+    for hidden in record.plan["spares"].values():  # a rollback's: all but this went with the switch
+        remove_tree(store.machine_dir(hidden))
+        store.forget_machine_lock(hidden)
     with store.catalog.transaction():
         store.catalog.end(record.id)
-
-
-def put_off(store: StoreFiles, machine: MachineRecord) -> None:
-    """End a machine's hypervisor at once and forget the instance (its disks stay)."""
-    instance = store.catalog.instance_of(machine.id)
-    if instance is None:
-        return
-    hypervisor(machine.spec).end(store, instance.id)
-    with store.catalog.transaction():
-        store.catalog.remove_instance(instance.id)
-    remove_tree(store.instance_dir(instance.id))
-    upkeep.deactivate(store, [disk.active for disk in store.catalog.disks(machine.id)
-                              if disk.active])
-    upkeep.drop_packs(store)

@@ -233,6 +233,7 @@ def orphans(store: StoreFiles) -> list[Path]:
     known: set[Path] = {store.epoch_dir(epoch) for epoch in catalog.parents()}
     known |= {store.instance_dir(instance.id) for instance in catalog.instances()}
     known |= {store.machine_dir(machine.id) for machine in catalog.machines()}
+    known |= {store.machine_dir(standby.machine) for standby in catalog.standbys()}
     known |= {store.path / "mounts" / mount.id for mount in catalog.mounts()}
     known |= {file for pack in catalog.pack_signatures() for file in packs.final_files(pack)}
     for layer in catalog.layers():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import blockcow
-from blockcow import LiveBlocks
+from blockcow import Layer, LiveBlocks
 from epochs.catalog import EpochRecord, InstanceRecord, JournalRecord, MachineRecord
 from epochs.durable import write_file
 from epochs.errors import EpochsError, Failed, HypervisorDied, Refused
@@ -62,6 +62,21 @@ class QemuDriver(Hypervisor):
     def launch(self, store: StoreFiles, launch_: Launch) -> ReadyQemu:
         return launch(store, launch_)
 
+    has_standbys = True
+
+    def held(self, store: StoreFiles, machine: MachineRecord, record: InstanceRecord,
+             layers: dict[str, Layer], packs: frozenset[str]) -> ReadyQemu:
+        monitor = open_monitor(store, record)
+        try:
+            if (word := monitor.status()) not in HELD:
+                raise Failed(f"a standby instance is {word}, not held")
+            if machine.spec.net == "isolated":
+                isolated.put_up(store, machine)
+        except BaseException:
+            monitor.close()
+            raise
+        return ReadyQemu(record, layers, packs, {}, monitor, machine, store.notice)
+
     def end(self, store: StoreFiles, instance_id: str) -> None:
         for process in working_in(store.instance_dir(instance_id)):
             try:
@@ -69,6 +84,13 @@ class QemuDriver(Hypervisor):
             except TimeoutError as error:
                 raise EpochsError(f"QEMU of instance {instance_id[:12]} cannot be ended: "
                                   f"{error}") from error
+
+    def strike(self, store: StoreFiles, machine: MachineRecord,
+               instance: InstanceRecord) -> None:
+        if machine.spec.publish and machine.spec.net == "user":
+            self.end(store, instance.id)  # it has the ports
+        else:
+            instance.process.strike()
 
     def released(self, store: StoreFiles, machine_id: str) -> None:
         isolated.take_down(store, machine_id)

@@ -101,8 +101,8 @@ def launch(store: StoreFiles, wanted: Launch) -> ReadyQemu:
         for fd in (state_fd, tap):
             if fd is not None:
                 os.close(fd)
-    record = InstanceRecord(target.instance, machine.id, spawned.process, qemu.path, compatibility,
-                            time.time(), trusted=False)
+    record = InstanceRecord(target.instance, target.machine, spawned.process, qemu.path,
+                            compatibility, time.time(), trusted=False)
     return ReadyQemu(record, wanted.layers, image.packs if image is not None else frozenset(),
                      clock.steps, spawned.monitor, machine, store.notice)
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,6 +95,17 @@ class Monitor:
     def human(self, line: str) -> str:
         """Run a command of the human monitor and return what it printed."""
         return str(self.call("human-monitor-command", {"command-line": line}))
+
+    def humans(self, lines: Sequence[str]) -> list[str]:
+        """The same for several at once, sent without waiting for each other's answers."""
+        async def ask() -> list[Any]:
+            return await asyncio.gather(*(self._client.execute(
+                "human-monitor-command", {"command-line": line}) for line in lines))
+
+        try:
+            return [str(answer) for answer in self._run(ask())]
+        except qemu.qmp.ExecuteError as error:
+            raise MonitorError("human-monitor-command", str(error)) from error
 
     def run_job(self, command: str, job_id: str, **arguments: object) -> None:
         """Start a job, wait for its end by events, dismiss it; raises Failed with its error."""

@@ -103,7 +103,7 @@ def _from_mappings(monitor: Monitor, pid: int, listed: list[_Listed],
     guarded = [m for m, after in pairwise(maps)
                if m.mode == "rw-p" and after.start == m.end and after.mode == "---p"
                and after.end - after.start >= GUARD]
-    mapped = _guest_mapped(monitor)
+    mapped = _guest_mapped(monitor, {block.name for block in listed})
     taken: dict[str, int] = {b.name: mapped[b.name] for b in listed if b.name in mapped}
     for size in {_whole_total(block) for block in listed if block.name not in taken}:
         wanted = [b for b in listed if b.name not in taken and _whole_total(b) == size]
@@ -159,24 +159,24 @@ _FLAT = re.compile(r"^\s+(?P<start>[0-9a-f]{16})-(?P<end>[0-9a-f]{16}) \(prio -?
                    r"(?P<rest>.*)$")
 
 
-def _guest_mapped(monitor: Monitor) -> dict[str, int]:
+def _guest_mapped(monitor: Monitor, names: set[str]) -> dict[str, int]:
     """Host addresses of the blocks that guest-physical memory shows, by block name.
 
     Memory regions and RAM blocks have the same name except that devices prefix the block's with
     their path ("0000:00:02.0/vga.vram"), so region names are matched against the last part, and
     used only where that is unambiguous."""
-    found: dict[str, set[int]] = {}
-    names = {block.name for block in parse_listing(monitor.human("info ramblock"))}
+    starts: dict[str, tuple[str, int]] = {}  # of a region: its block, its offset in that
     for line in monitor.human("info mtree -f").splitlines():
         match = _FLAT.match(line)
         if not match or match["rest"].strip().startswith("KVM"):
             continue
         blocks = [name for name in names
                   if name == match["name"] or name.rsplit("/", 1)[-1] == match["name"]]
-        if len(blocks) != 1:
-            continue
-        answer = re.search(r"is 0x([0-9a-f]+)", monitor.human(f"gpa2hva 0x{match['start']}"))
-        if answer:
-            offset = int(match["offset"] or "0", 16)
-            found.setdefault(blocks[0], set()).add(int(answer[1], 16) - offset)
+        if len(blocks) == 1:  # the same regions come once for each address space
+            starts[match["start"]] = (blocks[0], int(match["offset"] or "0", 16))
+    found: dict[str, set[int]] = {}
+    answers = monitor.humans([f"gpa2hva 0x{start}" for start in starts])
+    for (block, offset), text in zip(starts.values(), answers, strict=True):
+        if answer := re.search(r"is 0x([0-9a-f]+)", text):
+            found.setdefault(block, set()).add(int(answer[1], 16) - offset)
     return {name: addresses.pop() for name, addresses in found.items() if len(addresses) == 1}

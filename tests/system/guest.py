@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 
 from blockcow.tools import json_name
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
+from epochs.processes import ProcessId
 from epochs.spec import XEN
 
 CTL = "/bin/witness-ctl"
@@ -145,11 +147,21 @@ def processes_in(directory: Path) -> list[int]:
     return found
 
 
+def wait_fillers(store: Store) -> None:
+    """Wait until nobody makes standby instances in the background any more."""
+    for pid in processes_in(store.files.path):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            process = ProcessId.of(pid)
+            if Path(f"/proc/{pid}/cwd").readlink() == store.files.path:
+                assert process.wait(120), Path(f"/proc/{pid}/cmdline").read_text()
+
+
 def assert_tidy(store: Store) -> None:
     """Invariant 1: nothing in the store that the catalog does not name, no process astray, no
     journal row left."""
     from epochs.protocol import upkeep
 
+    wait_fillers(store)
     assert store.files.catalog.journal() == []
     assert upkeep.orphans(store.files) == []
     known = {i.process.pid for i in store.files.catalog.instances() if i.process.alive()}
@@ -179,4 +191,5 @@ def cli_json(store: Path, *arguments: str) -> object:
 
 
 __all__ = ["Artefacts", "WitnessFailed", "assert_tidy", "check_disks", "cli_json",
-           "ctl", "processes_in", "run_cli", "wait_console", "wait_witness", "witness_count"]
+           "ctl", "processes_in", "run_cli", "wait_console", "wait_fillers", "wait_witness",
+           "witness_count"]

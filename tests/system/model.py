@@ -87,6 +87,27 @@ class Model:
         self.nonce[machine.name] = self.sealed[epoch]
         self.check(machine)
 
+    def standby(self) -> None:
+        """Have one ready for a rollback of a machine or for a fork, and none of the one before."""
+        if not self.sealed:
+            return
+        for one in self.store.standbys():
+            self.store.standby(one["epoch"], 0, machine=one["machine"], fixup=one["fixup"])
+        machine = self.random.choice([None, self.pick()])
+        epoch = self.random.choice(sorted(self.sealed))
+        wanted = {"machine": machine.name if machine else None, "fixup": self.told()}
+        try:
+            self.store.standby(epoch, 1, **wanted)
+        except Refused:
+            assert not self.can_fork
+            return
+        [one] = self.store.standbys()
+        assert one["ready"] == 1 or "memory left" in one["trouble"], one
+        if machine:
+            self.machines[machine.name].rollback(epoch, keep=False, fixup=wanted["fixup"])
+            self.nonce[machine.name] = self.sealed[epoch]
+            self.check(machine)
+
     def delete(self) -> None:
         if not self.sealed:
             return
@@ -114,7 +135,8 @@ class Model:
         """That many operations, one after the other; ``note`` goes with whatever fails. All
         machines are checked every so many."""
         weights = {self.create: 40, self.rollback: 25, self.fork: 12, self.delete: 15,
-                   self.restart: 4}
+                   self.restart: 4,
+                   self.standby: 0 if self.pick().record.spec.hypervisor == XEN else 6}
         for number in range(operations):
             operation = self.random.choices(list(weights), list(weights.values()))[0]
             try:

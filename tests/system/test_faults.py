@@ -219,12 +219,13 @@ def test_rebacking(store: Store, boot: Boot) -> None:
 
 def test_every_point_is_visited_by_a_sweep() -> None:
     """A new point must be added to a sweep above, to those over pools (tests/dm/swept.py), or to
-    those over mounts (test_files.py), networks (test_networks.py), files of Xen
-    (tests/epochs/test_xen_images.py) and the taking over of domains
-    (tests/xen/lab/test_takeover.py)."""
+    those over mounts (test_files.py), networks (test_networks.py), standby instances
+    (test_standby.py), files of Xen (tests/epochs/test_xen_images.py) and the taking over of
+    domains (tests/xen/lab/test_takeover.py)."""
     visited = {*CREATE, *LAUNCH, *POINTS["rollback"], *POINTS["fork"], *POINTS["delete"],
                *POINTS["consolidate"], *POINTS["start"], *POINTS["undo-create"],
                *POINTS["undo-switch"], *POINTS["undo-consolidate"], *IN_POOLS,
                *POINTS["mount"], *POINTS["rebacking"], *POINTS["import-xen"],
-               *POINTS["export-xen"], *POINTS["take-over"], *POINTS["network"]}
+               *POINTS["export-xen"], *POINTS["take-over"], *POINTS["network"],
+               *POINTS["standby"]}
     assert visited == ALL

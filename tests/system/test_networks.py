@@ -19,7 +19,7 @@ from epochs.errors import Refused
 from epochs.network.plan import GUEST
 from epochs.points import POINTS
 
-from .guest import Artefacts, cli_json, run_cli, wait_console, wait_witness
+from .guest import Artefacts, cli_json, run_cli, wait_console, wait_fillers, wait_witness
 from .networks import NOTHING, alone, answer, asked, inside, left, serve
 
 pytestmark = [pytest.mark.guest, pytest.mark.root]
@@ -57,6 +57,31 @@ def networked(store: Store, tiny: Artefacts) -> Callable[..., Machine]:
 def answered(machine: Machine, where: str) -> bool:
     """Whether the guest gets through to another one's echo server."""
     return inside(machine, f"echo hello | nc -w 3 {where} 7")[1] == "hello"
+
+
+def test_standby_instances(store: Store, networked: Callable[..., Machine]) -> None:
+    """One for rollbacks is plugged into its machine's network, one for forks into its own."""
+    web = networked()
+    epoch = web.create()
+    where = answer(web)
+    store.standby(epoch, 1, machine="web")
+    store.standby(epoch, 1)
+    assert len(left()["namespaces"]) == 2, "web's and the fork's to be"
+    serve(web, "later")
+    assert "take" in web.rollback(epoch, keep=False)["steps"]
+    assert (answer(web), asked(where)) == (where, "web")
+    waiting = {one.machine for one in store.files.catalog.standbys() if one.owner is None}
+    one = store.fork(epoch, "one")
+    assert one.record.id in waiting, "no other was launched"
+    serve(one, "one")
+    assert asked(answer(one)) == "one"
+    assert asked(where) == "web"
+    wait_fillers(store)
+    web.stop(kill=True)
+    one.remove(force=True)
+    assert len(left()["namespaces"]) == 1, "of the next fork to be"
+    store.standby(epoch, 0)
+    assert left() == NOTHING
 
 
 def test_forks_beside_each_other(store: Store, networked: Callable[..., Machine]) -> None:
@@ -206,7 +231,7 @@ def test_killed(store: Store, networked: Callable[..., Machine]) -> None:
     web.start()
     instance = store.files.catalog.instance_of(web.record.id)
     assert instance is not None
-    from epochs.protocol.switch import put_off
+    from epochs.protocol.launch import put_off
     put_off(store.files, web.record)
     assert left() != NOTHING
     run_cli(store.files.path, "recover")

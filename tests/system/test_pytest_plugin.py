@@ -16,7 +16,7 @@ import pytest
 from epochs import Machine, Store
 from epochs.pytest_plugin import _process
 
-from .guest import ctl, run_cli, wait_witness
+from .guest import ctl, run_cli, wait_fillers, wait_witness
 
 pytestmark = pytest.mark.guest
 
@@ -113,22 +113,25 @@ def alone(store: Store, machine: Machine, epochs: int) -> None:
     wait_witness(machine, 0)
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "two workers"])
-def test_resets(store: Store, web: Machine, tmp_path: Path, workers: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("options", [(), ("-n", "2"), ("--epochs-standby=1",)],
+                         ids=["one process", "two workers", "standby"])
+def test_resets(store: Store, web: Machine, tmp_path: Path, options: tuple[str, ...]) -> None:
     report = tmp_path / "times.json"
     done = run(tmp_path / "suite", SUITE, f"--epochs-store={store.files.path}",
-               f"--epochs-report={report}", *workers)
+               f"--epochs-report={report}", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "14 passed" in done.stdout
     times = json.loads(report.read_text())
     forks, resets = len(times["forks"]), len(times["resets"])
     assert re.search(rf"{resets} resets: median \d+ ms, 99 % within \d+ ms", done.stdout)
-    if not workers:
+    if "-n" not in options:
         assert (forks, resets) == (4, 11), "one machine for each epoch, one thrown away, one again"
     else:
         assert forks + resets == 15
         assert forks in range(4, 7)
     alone(store, web, 2)
+    wait_fillers(store)
+    assert store.standbys() == []
 
 
 def test_a_failing_state_is_kept(store: Store, web: Machine, tmp_path: Path) -> None:

@@ -48,13 +48,14 @@ def main() -> int:
             ctl(machine, "nonce", "set", "ready")
             machine.create(tags=["ready"])
             machine.stop(kill=True)
-            for workers in (0, 2):
+            for workers, standby in ((0, 0), (2, 0), (0, 1)):
                 (place / "test_resets.py").write_text(textwrap.dedent(SUITE.format(count=count)))
                 began = time.perf_counter()
                 done = subprocess.run(
                     [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n",
-                     str(workers), f"--rootdir={place}", "--epochs-report=times.json",
-                     f"--epochs-store={store.files.path}", "test_resets.py"], cwd=place,
+                     str(workers), f"--epochs-standby={standby}", f"--rootdir={place}",
+                     "--epochs-report=times.json", f"--epochs-store={store.files.path}",
+                     "test_resets.py"], cwd=place,
                     check=False, capture_output=True, text=True)
                 took = time.perf_counter() - began
                 if done.returncode:
@@ -62,6 +63,7 @@ def main() -> int:
                     return 1
                 times = json.loads((place / "times.json").read_text())
                 name = f"{workers} workers" if workers else "one process"
+                name += f", {standby} on standby" if standby else ""
                 print(f"{name}: {count} tests in {took:.1f} s, {took / count * 1e3:.0f} ms each; "
                       f"{len(times['resets'])} resets, {summary(times['resets'])}", flush=True)
                 if len(times["resets"]) + len(times["forks"]) != count:

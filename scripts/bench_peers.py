@@ -309,9 +309,11 @@ def plot(results: list[Result], file: Path) -> None:
         axes.barh(places, values, 0.25, label=label, color=colour)
         for place, value in zip(places, values, strict=True):
             if value == value:  # not NaN: there is such a thing
-                axes.text(value * 1.05, place, f"{value:.3g}", va="center", fontsize=7)
+                axes.text(value * 1.05, place, f"{value:.{1 if value < 100 else 0}f}",
+                          va="center", fontsize=7)
     axes.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=8)
     axes.set_xscale("log")
+    axes.set_xlim(1)
     axes.set_xlabel("milliseconds, 512 MiB guest under emulation, medians of one run")
     axes.legend(fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

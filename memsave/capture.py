@@ -87,6 +87,7 @@ class Capture:
         self._require(sealed=False)
         if not self._tracker.exact:
             return
+        self._tracker.shield()
         last = None
         for _ in range(rounds):
             dirty = self._dirty().pages

@@ -199,6 +199,12 @@ class Tracker:
         check(lib.ms_collect(self.c, wanted, int(protect and self.exact), into.c, error), error,
               self._doing)
 
+    def shield(self) -> None:
+        """Protect pages that are still the file's, so that a look for written ones passes them by.
+        Any time; exact tracking only."""
+        error = new_error()
+        check(lib.ms_shield(self.c, error), error, self._doing)
+
     def populated(self, block: int) -> Ranges:
         """Pages of a block that are not untouched anonymous memory."""
         ranges, error = Ranges(), new_error()

@@ -221,6 +221,7 @@ int ms_can_scan(int pagemap, uint64_t address);
 int ms_collect(const ms_guest *guest, int wanted, int protect, ms_ranges *out, ms_error *error);
 int ms_collect_block(const ms_guest *guest, size_t block, int wanted, ms_ranges *out,
                      ms_error *error);
+int ms_shield(const ms_guest *guest, ms_error *error);
 int ms_read_ranges(const ms_guest *guest, const ms_ranges *ranges, uint8_t *to, int threads,
                    ms_error *error);
 int ms_patch(const ms_guest *guest, const ms_pack *packs, const ms_segment *segments, size_t n,

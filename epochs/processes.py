@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,9 +51,26 @@ class ProcessId:
         """SIGTERM; nothing if it is gone."""
         self._signal(signal.SIGTERM)
 
-    def strike(self) -> None:
-        """SIGKILL without waiting for the end: it runs no more, but may still hold things."""
-        self._signal(signal.SIGKILL)
+    def strike(self, wait: float = 30.0) -> Callable[[], None]:
+        """SIGKILL: it runs no more, but may hold things until its last thread has ended; the
+        function returned waits for that, and raises TimeoutError (seconds) if it does not."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return lambda: None
+        if not self.alive():  # checked with the pidfd held: the pid cannot change hands now
+            os.close(fd)
+            return lambda: None
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+        def gone() -> None:
+            try:
+                if not select.select([fd], [], [], wait)[0]:
+                    raise TimeoutError(f"process {self.pid} does not end")
+            finally:
+                os.close(fd)
+
+        return gone
 
     def _signal(self, number: signal.Signals) -> None:
         try:
@@ -67,18 +85,7 @@ class ProcessId:
 
     def kill(self, wait: float = 30.0) -> None:
         """SIGKILL and wait until it is gone; TimeoutError (seconds) if it will not go."""
-        try:
-            fd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return
-        try:
-            if not self.alive():  # checked with the pidfd held: the pid cannot change hands now
-                return
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-            if not select.select([fd], [], [], wait)[0]:
-                raise TimeoutError(f"process {self.pid} does not end")
-        finally:
-            os.close(fd)
+        self.strike(wait)()
 
     def wait(self, timeout: float) -> bool:
         """Wait for the process to end; False if it still runs after ``timeout`` seconds."""

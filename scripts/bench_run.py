@@ -405,6 +405,11 @@ def measure_large(guest: Path, place: Path, quick: bool) -> None:
                 200, 60)
             add("rollback to a running guest, standby", from_standby(store, web, first, count),
                 "ms", 20, 3)
+            done = web.exec(["/bin/sh", "-c", "cat /big/* >/dev/null"], timeout=300)
+            assert done.status == 0, done
+            web.create("all of it read")
+            add("pause, idle, rolled back, everything read since",
+                idle_create(web, "idle, rolled back", count)["pause"], "ms", 20, 5)
         finally:
             for machine in store.machines():
                 machine.remove(force=True, with_epochs=True)

@@ -133,6 +133,13 @@ def plug(machine_id: str, instance: str) -> int:
         return namespaces.open_tap(namespace(machine_id), f"tap{instance[:12]}")
 
 
+def plugged(machine_id: str, instance: str) -> bool:
+    """Whether an instance's tap is in the machine's network as it is now."""
+    name = namespace(machine_id)
+    with told("a look at a tap"):
+        return namespaces.exists(name) and namespaces.has_interface(name, f"tap{instance[:12]}")
+
+
 def known(store: StoreFiles, machine_id: str) -> Network | None:
     """The network that a machine has or had."""
     try:

@@ -196,6 +196,17 @@ def has_bridge(name: str) -> bool:
     return within(name, there)
 
 
+def has_interface(name: str, interface: str) -> bool:
+    """Whether there is an interface of that name in a namespace."""
+    from pyroute2 import IPRoute
+
+    def there() -> bool:
+        with IPRoute() as inside:
+            return bool(inside.link_lookup(ifname=interface))
+
+    return within(name, there)
+
+
 def processes(name: str) -> list[int]:
     """Pids of who lives in a namespace."""
     there = (NAMES / name).stat()

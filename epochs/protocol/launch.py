@@ -14,6 +14,7 @@ from blockcow import Layer
 from epochs import points
 from epochs.catalog import DiskRecord, EpochRecord, MachineRecord
 from epochs.durable import make_directory, remove_tree
+from epochs.errors import Refused
 from epochs.hypervisor import Hypervisor, Laps, Launch, Ready, Target, hypervisor
 from epochs.protocol import upkeep
 from epochs.store import StoreFiles, new_id
@@ -90,6 +91,30 @@ def undo(store: StoreFiles, driver: Hypervisor, target: Target,
     for disk, layer_id in target.layers.items():
         store.backend(backends[disk]).discard(layer_id)
     remove_tree(store.instance_dir(target.instance))
+
+
+def check_same_disks(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
+                     epoch: EpochRecord) -> None:
+    """Refused if a machine cannot be put to an epoch because it has other disks."""
+    if epoch.spec.hypervisor != machine.spec.hypervisor:
+        raise Refused(f"epoch {epoch.id[:12]} is of a {epoch.spec.hypervisor} machine, and "
+                      f"'{machine.name}' is one of {machine.spec.hypervisor}")
+    frozen = list(store.catalog.epoch_layers(epoch.id))
+    if frozen != [disk.name for disk in disks]:
+        raise Refused(f"epoch {epoch.id[:12]} has disks {', '.join(frozen) or 'none'}, machine "
+                      f"'{machine.name}' has {', '.join(d.name for d in disks) or 'none'}; fork "
+                      "the epoch instead")
+    for disk, layer in store.catalog.epoch_layers(epoch.id).items():
+        backend = store.catalog.layer(layer).backend
+        if any(d.name == disk and d.backend != backend for d in disks):
+            raise Refused(f"disk '{disk}' of machine '{machine.name}' is not kept by {backend} as "
+                          f"in epoch {epoch.id[:12]}; fork the epoch instead")
+        found = store.catalog.layer(layer)
+        if store.backend(backend).fork_refusal(found) is not None:
+            base = store.catalog.chain(layer)[-1].id
+            if any(d.name == disk and d.base != base for d in disks):
+                raise Refused(f"disk '{disk}' of epoch {epoch.id[:12]} is on another volume than "
+                              f"that of machine '{machine.name}'")
 
 
 def put_off(store: StoreFiles, machine: MachineRecord) -> None:

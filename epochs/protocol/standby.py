@@ -32,7 +32,7 @@ from epochs.catalog import (
     StandbyWish,
 )
 from epochs.durable import remove_tree
-from epochs.errors import EpochsError, HypervisorDied, NotFound, Refused
+from epochs.errors import EpochsError, NotFound, Refused
 from epochs.hypervisor import Ready, Target, hypervisor, hypervisor_named
 from epochs.processes import host_memory, private_bytes
 from epochs.protocol import launch, upkeep, verify
@@ -55,7 +55,8 @@ def wish(store: StoreFiles, epoch: EpochRecord, count: int, *, owner: MachineRec
     if not 0 <= count <= MOST:
         raise Refused(f"there can be 0 to {MOST} standbys of a kind, not {count}")
     with store.shared():
-        epoch = store.catalog.epoch(epoch.id)
+        epoch = store.catalog.epoch(epoch.id)  # both may just have been removed
+        owner = store.catalog.machine(owner.name) if owner else None
         if count:
             _refuse(store, epoch, owner)
         with store.catalog.transaction():
@@ -74,8 +75,8 @@ def _refuse(store: StoreFiles, epoch: EpochRecord, owner: MachineRecord | None) 
         if store.backend(backend).takes_over:
             raise Refused(f"disk '{disk}' has one place only ({backend}), so epoch "
                           f"{epoch.id[:12]} can have no standby instances")
-    if owner is not None and list(frozen) != [d.name for d in store.catalog.disks(owner.id)]:
-        raise Refused(f"epoch {epoch.id[:12]} has other disks than machine '{owner.name}'")
+    if owner is not None:
+        launch.check_same_disks(store, owner, store.catalog.disks(owner.id), epoch)
 
 
 def missing(store: StoreFiles) -> list[StandbyWish]:
@@ -100,14 +101,18 @@ def refill(store: StoreFiles) -> None:
     if not missing(store):
         return
     _fillers[:] = [child for child in _fillers if child.poll() is None]
-    log = os.open(store.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        _fillers.append(subprocess.Popen(
-            [sys.executable, "-P", "-m", "epochs", "--store", str(store.path), "standby",
-             "--fill"], cwd=store.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True))
-    finally:
-        os.close(log)
+        with open(store.path / LOG, "wb", opener=_private) as log:
+            _fillers.append(subprocess.Popen(
+                [sys.executable, "-P", "-m", "epochs", "--store", str(store.path), "standby",
+                 "--fill"], cwd=store.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True))
+    except OSError as error:  # what was asked for is done
+        store.notice(f"standby instances are not made again: {error}; 'epochs standby EPOCH' does")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def fill(store: StoreFiles, *, wait: bool) -> None:
@@ -116,8 +121,8 @@ def fill(store: StoreFiles, *, wait: bool) -> None:
     path = store.path / "locks" / LOCK
     if wait:
         with locks.hold(path, "standby instances", notice=store.notice):
-            _fill(store)
-        return
+            if not _fill(store):
+                return
     while missing(store):  # asked again when the lock is free: who found it held relies on that
         with locks.attempt(path) as got:
             if not got or not _fill(store):
@@ -159,7 +164,7 @@ def _make(store: StoreFiles, wanted: StandbyWish) -> None:
         machine, shown, disks = _machine(store, epoch, wanted)
         target = launch.new_target(store, machine.id, disks, cold=False)
         plan = {"targets": [target.to_plan()], "hypervisor": epoch.spec.hypervisor,
-                "backends": {disk.name: disk.backend for disk in disks}}
+                "backends": {disk.name: disk.backend for disk in disks}, "owner": wanted.owner}
         with operation(store, "standby", None, plan, undo) as under_way:
             points.hit("standby.intended")
             with launch.launch(store, shown, disks, target, epoch, fork=wanted.owner is None,
@@ -239,6 +244,7 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
         launch.undo(store, driver, target, record.plan["backends"])
         driver.released(store, target.machine)
         remove_tree(store.machine_dir(target.machine))
+        store.forget_machine_lock(target.machine)
     with store.catalog.transaction():
         store.moved_on((record.plan["backends"][disk], layer) for target in targets
                        for disk, layer in target.layers.items())
@@ -297,8 +303,9 @@ def _take(store: StoreFiles, standby: StandbyRecord, becoming: Becoming) -> Spar
     try:
         ready = hypervisor(machine.spec).held(store, machine, record, layers,
                                               catalog.instance_packs(instance.id))
-    except HypervisorDied as error:
-        store.notice(f"a standby instance has died: {error}")
+    except EpochsError as error:
+        store.notice(f"a standby instance is of no use any more: {error}")
+        hypervisor(machine.spec).end(store, instance.id)
         return None
     ready.standby = hidden.id
     return Spare(machine, ready, Target(machine.id, instance.id,
@@ -309,53 +316,63 @@ def _take(store: StoreFiles, standby: StandbyRecord, becoming: Becoming) -> Spar
 def _drop_unwanted(store: StoreFiles) -> None:
     """End standbys that have died or that no wish wants; the newest go first. The caller holds the
     store's lock."""
+    for one in _unwanted(store):
+        drop(store, one)
+
+
+def _unwanted(store: StoreFiles) -> list[StandbyRecord]:
     wishes = store.catalog.standby_wishes()
     kept: list[StandbyRecord] = []
+    found: list[StandbyRecord] = []
     for one in store.catalog.standbys():
         wanted = next((w for w in wishes if w.wants(one)), None)
-        if (wanted is not None and _instance(store, one) is not None
-                and sum(map(wanted.wants, kept)) < wanted.count):
-            kept.append(one)
-        else:
-            drop(store, one)
+        keep = (wanted is not None and _instance(store, one) is not None
+                and sum(map(wanted.wants, kept)) < wanted.count)
+        (kept if keep else found).append(one)
+    return found
 
 
 def drop_of(store: StoreFiles, *, epochs: list[str] | None = None,
             owner: str | None = None) -> None:
     """End the standbys of epochs that are to be deleted (the store's lock held exclusively), or of
-    a machine that is off now."""
+    a machine that is off now. Who has one of those holds it for a moment only."""
     for one in store.catalog.standbys():
         if one.epoch in (epochs or ()) or (owner is not None and one.owner == owner):
-            drop(store, one)
+            with store.machine_lock(one.machine, "a standby instance"):
+                _drop(store, one)
 
 
 def drop_dead(store: StoreFiles) -> None:
-    """Those that died, with the host or alone, or whose end was cut short."""
-    dead = [one for one in store.catalog.standbys() if _instance(store, one) is None]
-    if dead:
+    """Those that died, with the host or alone, whose end was cut short, or that somebody had when
+    they were not wanted any more."""
+    if _unwanted(store):
         with store.shared():
-            for one in dead:
-                drop(store, one)
+            _drop_unwanted(store)
 
 
 def drop(store: StoreFiles, standby: StandbyRecord) -> None:
     """End one, unless somebody has it. The caller holds the store's lock."""
     with store.try_operation_lock(standby.machine, standby.machine) as got:
-        machine = store.catalog.machine_by_id(standby.machine)
-        if not got or machine is None or standby not in store.catalog.standbys():
-            if got:
-                _forget_lock(store, standby)
-            return
-        layers = [disk.active for disk in store.catalog.disks(machine.id) if disk.active]
-        launch.put_off(store, machine)
-        hypervisor(machine.spec).released(store, machine.id)
-        plan: dict[str, Any] = {"epochs": [], "layers": layers, "machine": machine.id}
-        with operation(store, "remove", machine.id, plan, upkeep.redo_delete) as under_way:
-            with store.catalog.transaction():
-                store.catalog.remove_machine(machine.id)
-            points.hit("standby.ended")
-            upkeep.redo_delete(store, under_way.record)
-        store.forget_machine_lock(machine.id)
+        if got:
+            _drop(store, standby)
+
+
+def _drop(store: StoreFiles, standby: StandbyRecord) -> None:
+    """With its lock held."""
+    machine = store.catalog.machine_by_id(standby.machine)
+    if machine is None or standby not in store.catalog.standbys():
+        _forget_lock(store, standby)
+        return
+    layers = [disk.active for disk in store.catalog.disks(machine.id) if disk.active]
+    launch.put_off(store, machine)
+    hypervisor(machine.spec).released(store, machine.id)
+    plan: dict[str, Any] = {"epochs": [], "layers": layers, "machine": machine.id}
+    with operation(store, "remove", machine.id, plan, upkeep.redo_delete) as under_way:
+        with store.catalog.transaction():
+            store.catalog.remove_machine(machine.id)
+        points.hit("standby.ended")
+        upkeep.redo_delete(store, under_way.record)
+    store.forget_machine_lock(machine.id)
 
 
 def _forget_lock(store: StoreFiles, standby: StandbyRecord) -> None:

@@ -7,7 +7,7 @@ that transaction ``recover`` removes what was launched; after it, it finishes th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,7 +101,7 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
     with store.shared():
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
-        _check_same_disks(store, machine, disks, epoch)
+        launch.check_same_disks(store, machine, disks, epoch)
         kept = None
         if keep:
             kept = creation.create(store, machine, progress=progress,
@@ -110,7 +110,6 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
             disks = store.catalog.disks(machine.id)
             began, clock = time.perf_counter(), Laps()
         clock.lap("check")
-        driver = hypervisor(machine.spec)
         old = store.catalog.instance_of(machine.id)
         with standby.taken(store, epoch.id, [lambda _: machine], owner=machine,
                            same_generation=same_generation) as spares:
@@ -138,56 +137,34 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                         under_way.phase("switched")
                     points.hit("rollback.switched")
                     clock.lap("switch")
-                    _replace(store, machine, disks, old, target)
+                    gone = _replace(store, machine, disks, old, target)
                     clock.lap("replace")
                     if running:
                         ready.go_on()
                     clock.lap("resume")
                     seconds = clock.last - began
-                    if old is not None:
-                        driver.end(store, old.id)
+                    gone()
                 points.hit("rollback.resumed")
                 _finish(store, under_way.record)
     return {"kept": kept, "seconds": seconds, "steps": clock.steps}
 
 
 def _replace(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
-             old: InstanceRecord | None, target: Target) -> None:
+             old: InstanceRecord | None, target: Target) -> Callable[[], None]:
     """The old guest runs no more, and the new instance has what there is once. Where the disks
-    have one place only, the old one is gone altogether before."""
+    have one place only, the old one is gone altogether before; else call what is returned, which
+    waits for that."""
     driver = hypervisor(machine.spec)
+    gone: Callable[[], None] = lambda: None  # noqa: E731
     if old is not None:
+        gone = driver.strike(store, machine, old)
         if any(store.backend(disk.backend).takes_over for disk in disks):
-            driver.end(store, old.id)
-        else:
-            driver.strike(store, machine, old)
+            gone()
     points.hit("rollback.old-gone")
     _take_over(store, [target])
     driver.alone(store, machine, target.instance)
     points.hit("rollback.taken-over")
-
-
-def _check_same_disks(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
-                      epoch: EpochRecord) -> None:
-    if epoch.spec.hypervisor != machine.spec.hypervisor:
-        raise Refused(f"epoch {epoch.id[:12]} is of a {epoch.spec.hypervisor} machine, and "
-                      f"'{machine.name}' is one of {machine.spec.hypervisor}")
-    frozen = list(store.catalog.epoch_layers(epoch.id))
-    if frozen != [disk.name for disk in disks]:
-        raise Refused(f"epoch {epoch.id[:12]} has disks {', '.join(frozen) or 'none'}, machine "
-                      f"'{machine.name}' has {', '.join(d.name for d in disks) or 'none'}; fork "
-                      "the epoch instead")
-    for disk, layer in store.catalog.epoch_layers(epoch.id).items():
-        backend = store.catalog.layer(layer).backend
-        if any(d.name == disk and d.backend != backend for d in disks):
-            raise Refused(f"disk '{disk}' of machine '{machine.name}' is not kept by {backend} as "
-                          f"in epoch {epoch.id[:12]}; fork the epoch instead")
-        found = store.catalog.layer(layer)
-        if store.backend(backend).fork_refusal(found) is not None:
-            base = store.catalog.chain(layer)[-1].id
-            if any(d.name == disk and d.base != base for d in disks):
-                raise Refused(f"disk '{disk}' of epoch {epoch.id[:12]} is on another volume than "
-                              f"that of machine '{machine.name}'")
+    return gone
 
 
 def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
@@ -213,7 +190,9 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
         new = [MachineRecord(new_id(), name, spec, time.time(), "", "", "", epoch.id)
                for name in names]
         forked = [hypervisor(epoch.spec).forked(machine, epoch, source) for machine in new]
-        with standby.taken(store, epoch.id, [_called(machine) for machine in forked], owner=None,
+        # Only a launch looks whether ports are free, and a standby must not have any.
+        becoming = [] if publish else [_called(machine) for machine in forked]
+        with standby.taken(store, epoch.id, becoming, owner=None,
                            same_generation=same_generation) as spares:
             machines = [*(spare.machine for spare in spares), *forked[len(spares):]]
             _fork(store, epoch, machines, disks, spares, paused, same_generation)
@@ -453,8 +432,9 @@ def _finish(store: StoreFiles, record: JournalRecord) -> None:
     upkeep.deactivate(store, record.plan["old_layers"])
     upkeep.drop_layers(store, record.plan["old_layers"])
     upkeep.drop_packs(store)
-    for hidden in record.plan["spares"].values():  # a rollback's: all but this went with the switch
-        remove_tree(store.machine_dir(hidden))
-        store.forget_machine_lock(hidden)
+    for hidden in record.plan["spares"].values():
+        if store.catalog.machine_by_id(hidden) is None:  # a fork is now what nobody saw
+            remove_tree(store.machine_dir(hidden))
+            store.forget_machine_lock(hidden)
     with store.catalog.transaction():
         store.catalog.end(record.id)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class QemuDriver(Hypervisor):
             if (word := monitor.status()) not in HELD:
                 raise Failed(f"a standby instance is {word}, not held")
             if machine.spec.net == "isolated":
+                if not isolated.plugged(machine.id, record.id):
+                    raise HypervisorDied("the network that it was plugged into is gone")
                 isolated.put_up(store, machine)
         except BaseException:
             monitor.close()
@@ -79,18 +82,24 @@ class QemuDriver(Hypervisor):
 
     def end(self, store: StoreFiles, instance_id: str) -> None:
         for process in working_in(store.instance_dir(instance_id)):
-            try:
+            with _ending(instance_id):
                 process.kill()
-            except TimeoutError as error:
-                raise EpochsError(f"QEMU of instance {instance_id[:12]} cannot be ended: "
-                                  f"{error}") from error
 
     def strike(self, store: StoreFiles, machine: MachineRecord,
-               instance: InstanceRecord) -> None:
+               instance: InstanceRecord) -> Callable[[], None]:
+        ended = instance.process.strike()
+
+        def gone() -> None:
+            # Its threads end one by one: until the last has, its files and devices are open, while
+            # /proc shows neither its directory nor that it is there.
+            with _ending(instance.id):
+                ended()
+            self.end(store, instance.id)
+
         if machine.spec.publish and machine.spec.net == "user":
-            self.end(store, instance.id)  # it has the ports
-        else:
-            instance.process.strike()
+            gone()  # it has the ports
+            return lambda: None
+        return gone
 
     def released(self, store: StoreFiles, machine_id: str) -> None:
         isolated.take_down(store, machine_id)
@@ -155,6 +164,15 @@ class QemuDriver(Hypervisor):
 
     def console_log(self, store: StoreFiles, machine: MachineRecord) -> Path:
         return store.console_log(machine.id)
+
+
+@contextmanager
+def _ending(instance_id: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        raise EpochsError(f"QEMU of instance {instance_id[:12]} cannot be ended: "
+                          f"{error}") from error
 
 
 def _absolute(text: str | None) -> str | None:

@@ -16,6 +16,7 @@ import pytest
 
 from epochs import Machine, Store
 from epochs.errors import Refused
+from epochs.network import isolated
 from epochs.network.plan import GUEST
 from epochs.points import POINTS
 
@@ -76,6 +77,18 @@ def test_standby_instances(store: Store, networked: Callable[..., Machine]) -> N
     serve(one, "one")
     assert asked(answer(one)) == "one"
     assert asked(where) == "web"
+    wait_fillers(store)
+    # A port is looked at, and led to the guest, by a launch.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(Refused, match="cannot be published"):
+            store.fork(epoch, "two", publish=[f"127.0.0.1:{port}:80"])
+    # A network that somebody took down and that was made anew: the standby's tap went with it.
+    isolated.take_down(store.files, web.record.id)
+    done = web.rollback(epoch, keep=False)
+    assert "spawn" in done["steps"], "launched"
+    assert asked(answer(web)) == "web"
     wait_fillers(store)
     web.stop(kill=True)
     one.remove(force=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from epochs import Epoch, Machine, Store
-from epochs.errors import NotFound
+from epochs.errors import NotFound, Refused
 from epochs.points import POINTS
 from epochs.processes import ProcessId
 from epochs.protocol import standby
+from epochs.qemu import monitor
 
 from .guest import (
+    Artefacts,
     assert_tidy,
     check_disks,
     cli_json,
@@ -179,6 +182,35 @@ def test_one_that_died_is_not_missed(store: Store, boot: Boot) -> None:
     assert_tidy(store)
 
 
+def test_one_that_hangs_is_not_waited_for(store: Store, boot: Boot,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    web, epoch, count = prepared(boot)
+    store.standby(epoch, 1, machine="web")
+    monkeypatch.setattr(monitor, "ANSWER_LIMIT", 2.0)
+    [hung] = pids(store)
+    os.kill(hung, signal.SIGSTOP)
+    done = web.rollback(epoch, keep=False)
+    assert "spawn" in done["steps"], "launched"
+    assert ctl(web, "nonce", "get") == "sealed"
+    wait_witness(web, count)
+    wait_fillers(store)
+    assert ready(store) == [1]
+    assert hung not in pids(store)
+    assert_tidy(store)
+
+
+def test_what_cannot_be_is_refused(store: Store, boot: Boot, tiny: Artefacts) -> None:
+    _, epoch, _ = prepared(boot)
+    store.add("other", tiny.spec(disks=("a",)))
+    with pytest.raises(Refused, match="has disks a, b, machine 'other' has a"):
+        store.standby(epoch, 1, machine="other")
+    with pytest.raises(NotFound):
+        store.standby(epoch, 1, machine="nobody")
+    with pytest.raises(Refused, match="0 to 64"):
+        store.standby(epoch, 65)
+    assert store.standbys() == []
+
+
 def test_two_want_the_same_one(store: Store, boot: Boot) -> None:
     _, epoch, count = prepared(boot)
     store.standby(epoch, 1)
@@ -269,6 +301,8 @@ def test_kills(store: Store, boot: Boot) -> None:
         assert ready(store) == [0 if switched else 1], point
         if switched:
             trial = store.machine("trial")
+            assert trial.console_log.exists(), point
+            assert (store.files.path / "locks" / f"machine-{trial.record.id}").exists(), point
             assert ctl(trial, "nonce", "get") == "sealed", point
             wait_witness(trial, count)
             trial.remove(force=True)

@@ -220,6 +220,17 @@ class StoreFiles:
                     found.add(path.name.removeprefix("needed-"))
         return found
 
+    @contextmanager
+    def publishing(self, publish: Iterable[str]) -> Iterator[None]:
+        """Be the only command that looks which ports of this host are free, and takes them, until
+        they are recorded as its machine's. Not if there are none."""
+        if not publish:
+            yield
+            return
+        with locks.hold(self.path / "locks" / "ports", "the ports of this host",
+                        notice=self.notice):
+            yield
+
     def forget_machine_lock(self, machine_id: str) -> None:
         """Remove the lock file of a machine that is gone. Whoever waits for it finds out that the
         machine is gone when it gets it."""

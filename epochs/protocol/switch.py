@@ -55,7 +55,7 @@ def start(store: StoreFiles, machine: MachineRecord) -> str:
     if found.alive and found.instance is not None:
         hypervisor(machine.spec).go_on(store, found.instance)
         return "resumed"
-    with store.shared():
+    with store.shared(), store.publishing(machine.spec.publish):
         disks = store.catalog.disks(machine.id)
         target = launch.new_target(store, machine.id, disks, cold=True)
         if found.instance is not None:
@@ -111,8 +111,9 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
             began, clock = time.perf_counter(), Laps()
         clock.lap("check")
         old = store.catalog.instance_of(machine.id)
-        with standby.taken(store, epoch.id, [lambda _: machine], owner=machine,
-                           same_generation=same_generation) as spares:
+        with store.publishing(machine.spec.publish if old is None else ()), \
+                standby.taken(store, epoch.id, [lambda _: machine], owner=machine,
+                              same_generation=same_generation) as spares:
             target = (spares[0].target if spares
                       else launch.new_target(store, machine.id, disks, cold=False))
             plan = _plan([target], disks, kind=machine.spec.hypervisor, running=running,
@@ -181,7 +182,7 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
         check_name(name)
         if store.catalog.find_machine(name) is not None or names.count(name) > 1:
             raise Refused(f"there is a machine '{name}' already; choose another name")
-    with store.shared():
+    with store.shared(), store.publishing(publish):
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
         _refuse_forks(store, epoch)

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -58,6 +59,22 @@ def networked(store: Store, tiny: Artefacts) -> Callable[..., Machine]:
 def answered(machine: Machine, where: str) -> bool:
     """Whether the guest gets through to another one's echo server."""
     return inside(machine, f"echo hello | nc -w 3 {where} 7")[1] == "hello"
+
+
+@pytest.mark.parametrize("net", ["isolated", "user"])
+def test_one_port_and_two_starts_at_once(store: Store, tiny: Artefacts, net: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spec = tiny.spec(disks=("a",))
+    for name in ("one", "two"):
+        store.add(name, replace(spec, net=net, publish=(f"{port}:80",)))
+    command = [sys.executable, "-m", "epochs", "--store", str(store.files.path), "start"]
+    both = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True)
+            for name in ("one", "two")]
+    said = {one.communicate(timeout=120)[1]: one.returncode for one in both}
+    assert sorted(said.values()) == [0, 4], said
+    assert any("already; publish another one" in text for text in said)
 
 
 def test_standby_instances(store: Store, networked: Callable[..., Machine]) -> None:

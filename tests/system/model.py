@@ -27,6 +27,7 @@ class Model:
         self.random = random_
         self.can_fork, self.boot_limit = forks, boot_limit
         self.most_machines, self.most_epochs = machines, epochs
+        self.on_xen = first.record.spec.hypervisor == XEN  # which has no standbys
         self.machines: dict[str, Machine] = {first.name: first}
         self.nonce: dict[str, str] = {}  # of machines, as their RAM must hold it
         self.sealed: dict[str, str] = {}  # of epochs
@@ -136,7 +137,7 @@ class Model:
         machines are checked every so many."""
         weights = {self.create: 40, self.rollback: 25, self.fork: 12, self.delete: 15,
                    self.restart: 4,
-                   self.standby: 0 if self.pick().record.spec.hypervisor == XEN else 6}
+                   self.standby: 0 if self.on_xen else 6}
         for number in range(operations):
             operation = self.random.choices(list(weights), list(weights.values()))[0]
             try:

@@ -150,17 +150,22 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
     return {"kept": kept, "seconds": seconds, "steps": clock.steps}
 
 
+def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
 def _replace(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
              old: InstanceRecord | None, target: Target) -> Callable[[], None]:
     """The old guest runs no more, and the new instance has what there is once. Where the disks
     have one place only, the old one is gone altogether before; else call what is returned, which
     waits for that."""
     driver = hypervisor(machine.spec)
-    gone: Callable[[], None] = lambda: None  # noqa: E731
+    gone = _nothing
     if old is not None:
         gone = driver.strike(store, machine, old)
         if any(store.backend(disk.backend).takes_over for disk in disks):
             gone()
+            gone = _nothing  # it is called once
     points.hit("rollback.old-gone")
     _take_over(store, [target])
     driver.alone(store, machine, target.instance)

@@ -162,10 +162,10 @@ def _replace(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
     driver = hypervisor(machine.spec)
     gone = _nothing
     if old is not None:
-        gone = driver.strike(store, machine, old)
         if any(store.backend(disk.backend).takes_over for disk in disks):
-            gone()
-            gone = _nothing  # it is called once
+            driver.end(store, old.id)
+        else:
+            gone = driver.strike(store, machine, old)
     points.hit("rollback.old-gone")
     _take_over(store, [target])
     driver.alone(store, machine, target.instance)

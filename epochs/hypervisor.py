@@ -231,12 +231,10 @@ class Hypervisor(ABC):
         until they are gone; nothing if there is none."""
 
     def strike(self, store: StoreFiles, machine: MachineRecord,
-               instance: InstanceRecord) -> Callable[[], None]:
-        """Have the guest of a recorded instance run no more, at once. What the machine's next
-        instance needs is free when this returns; the instance is gone, as after ``end``, when the
-        function that it returns does."""
+               instance: InstanceRecord) -> None:
+        """Have the guest of a recorded instance run no more, at once; whoever calls this calls
+        ``end`` as well. What the machine's next instance needs is free when this returns."""
         self.end(store, instance.id)
-        return lambda: None
 
     def released(self, store: StoreFiles,  # noqa: B027 - most have nothing to do
                  machine_id: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,36 +41,21 @@ class ProcessId:
         return cls.of(os.getpid())
 
     def alive(self) -> bool:
-        """Whether this very process runs (a zombie does not)."""
+        """Whether this very process runs. A zombie does not, once its last thread has ended: until
+        then that one holds the memory and the files of all."""
         if self.boot != boot_id():
             return False
         found = _stat(self.pid)
-        return found is not None and found[0] not in "ZX" and found[1] == self.start_time
+        return found is not None and found[1] == self.start_time and (
+            found[0] not in "ZX" or found[2] > 1)
 
     def terminate(self) -> None:
         """SIGTERM; nothing if it is gone."""
         self._signal(signal.SIGTERM)
 
-    def strike(self, wait: float = 30.0) -> Callable[[], None]:
-        """SIGKILL: it runs no more, but may hold things until its last thread has ended; the
-        function returned waits for that, and raises TimeoutError (seconds) if it does not."""
-        try:
-            fd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return lambda: None
-        if not self.alive():  # checked with the pidfd held: the pid cannot change hands now
-            os.close(fd)
-            return lambda: None
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-
-        def gone() -> None:
-            try:
-                if not select.select([fd], [], [], wait)[0]:
-                    raise TimeoutError(f"process {self.pid} does not end")
-            finally:
-                os.close(fd)
-
-        return gone
+    def strike(self) -> None:
+        """SIGKILL without waiting: it runs no more, but holds things until it is gone."""
+        self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
         try:
@@ -85,7 +70,18 @@ class ProcessId:
 
     def kill(self, wait: float = 30.0) -> None:
         """SIGKILL and wait until it is gone; TimeoutError (seconds) if it will not go."""
-        self.strike(wait)()
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            if not self.alive():  # checked with the pidfd held: the pid cannot change hands now
+                return
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            if not select.select([fd], [], [], wait)[0]:
+                raise TimeoutError(f"process {self.pid} does not end")
+        finally:
+            os.close(fd)
 
     def wait(self, timeout: float) -> bool:
         """Wait for the process to end; False if it still runs after ``timeout`` seconds."""
@@ -99,13 +95,14 @@ class ProcessId:
             os.close(fd)
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """State, start time, number of threads."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text[text.rindex(")") + 2:].split()  # the name may hold spaces and brackets
-    return fields[0], int(fields[19])
+    return fields[0], int(fields[19]), int(fields[17])
 
 
 def working_in(directory: Path) -> list[ProcessId]:
@@ -116,11 +113,23 @@ def working_in(directory: Path) -> list[ProcessId]:
         if not entry.name.isdigit():
             continue
         try:
-            if (entry / "cwd").readlink() == directory:
+            if _directory_of(entry) == directory:
                 found.append(ProcessId.of(int(entry.name)))
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             continue  # gone meanwhile, or another user's, which we cannot have spawned
     return found
+
+
+def _directory_of(process: Path) -> Path | None:
+    """The working directory of an entry of /proc; also of one whose first thread has ended and
+    given that up before the others, as in a process that was killed."""
+    try:
+        return (process / "cwd").readlink()
+    except FileNotFoundError:
+        for thread in (process / "task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                return (thread / "cwd").readlink()
+        return None
 
 
 def private_bytes(pid: int) -> int:

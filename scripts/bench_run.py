@@ -116,13 +116,6 @@ def resident(machine: Machine, store: Store) -> float:
     return float(machine.create("resident").stats["pages_resident"] * 4096 / MIB)
 
 
-def private_kib(pid: int) -> int:
-    """Private memory of a process in KiB (smaps_rollup)."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(line.split()[1]) for line in text.splitlines()
-               if line.startswith(("Private_Clean:", "Private_Dirty:")))
-
-
 def pid(machine: Machine) -> int:
     return int(machine.status()["pid"])
 

@@ -28,6 +28,13 @@ def new_target(store: StoreFiles, machine_id: str, disks: list[DiskRecord], *,
                    if not cold or disk.active is None})
 
 
+def disks_of(store: StoreFiles, epoch: EpochRecord) -> list[DiskRecord]:
+    """The disks that a fork of an epoch gets."""
+    return [DiskRecord(disk, store.catalog.layer(layer).backend,
+                       store.catalog.chain(layer)[-1].id, None)
+            for disk, layer in store.catalog.epoch_layers(epoch.id).items()]
+
+
 def launch(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], target: Target,
            epoch: EpochRecord | None, *, fork: bool = False,
            same_generation: bool = False) -> Ready:

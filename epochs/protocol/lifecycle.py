@@ -204,13 +204,11 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
     mounts.refuse_mounted(store, store.catalog.epochs_of(machine.id) if with_epochs else [])
     with store.shared():
         put_off(store, machine)
-        standby.drop_of(store, owner=machine.id)
-        hypervisor(machine.spec).released(store, machine.id)
     with store.exclusive():
         gone = store.catalog.epochs_of(machine.id) if with_epochs else []
         mounts.refuse_mounted(store, gone)
         standby.drop_of(store, epochs=gone, owner=machine.id)
-        hypervisor(machine.spec).released(store, machine.id)  # one may have been in the making
+        hypervisor(machine.spec).released(store, machine.id)
         layers = [layer for disk in store.catalog.disks(machine.id)
                   for layer in (disk.active, disk.base) if layer]
         with operation(store, "remove", machine.id,

@@ -100,9 +100,9 @@ def recover(store: StoreFiles) -> list[Recovered]:
     except (EpochsError, BlockError, OSError) as error:
         store.notice(f"a mount whose daemon has ended cannot be taken down yet: {error}")
     try:
-        standby.drop_dead(store)
+        standby.drop_unwanted(store)
     except (EpochsError, BlockError, OSError) as error:
-        store.notice(f"a standby instance that has died cannot be dropped yet: {error}")
+        store.notice(f"a standby instance of no use cannot be dropped yet: {error}")
     try:
         isolated.sweep(store)
     except (EpochsError, OSError) as error:

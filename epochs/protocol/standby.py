@@ -62,7 +62,7 @@ def wish(store: StoreFiles, epoch: EpochRecord, count: int, *, owner: MachineRec
         with store.catalog.transaction():
             store.catalog.put_standby_wish(StandbyWish(
                 epoch.id, owner.id if owner else None, same_generation, count, None))
-        _drop_unwanted(store)
+    drop_unwanted(store)
 
 
 def _refuse(store: StoreFiles, epoch: EpochRecord, owner: MachineRecord | None) -> None:
@@ -131,8 +131,7 @@ def fill(store: StoreFiles, *, wait: bool) -> None:
 
 def _fill(store: StoreFiles) -> bool:
     """Whether nothing went wrong."""
-    with store.shared():
-        _drop_unwanted(store)
+    drop_unwanted(store)
     failed: list[StandbyWish] = []
     while left := [one for one in missing(store) if not any(_same(one, f) for f in failed)]:
         wanted = left[0]
@@ -193,14 +192,7 @@ def _machine(store: StoreFiles, epoch: EpochRecord, wanted: StandbyWish) -> (
     machine = hypervisor(epoch.spec).forked(
         MachineRecord(hidden, name, replace(epoch.spec, publish=()), now, "", "", "", epoch.id),
         epoch, store.catalog.machine_by_id(epoch.machine))
-    return machine, machine, disks_of(store, epoch)
-
-
-def disks_of(store: StoreFiles, epoch: EpochRecord) -> list[DiskRecord]:
-    """The disks that a fork of an epoch gets."""
-    return [DiskRecord(disk, store.catalog.layer(layer).backend,
-                       store.catalog.chain(layer)[-1].id, None)
-            for disk, layer in store.catalog.epoch_layers(epoch.id).items()]
+    return machine, machine, launch.disks_of(store, epoch)
 
 
 def _record(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord], ready: Ready,
@@ -313,11 +305,13 @@ def _take(store: StoreFiles, standby: StandbyRecord, becoming: Becoming) -> Spar
 
 
 # -- dropping -------------------------------------------------------------------------------------
-def _drop_unwanted(store: StoreFiles) -> None:
-    """End standbys that have died or that no wish wants; the newest go first. The caller holds the
-    store's lock."""
-    for one in _unwanted(store):
-        drop(store, one)
+def drop_unwanted(store: StoreFiles) -> None:
+    """End standbys that have died, with the host or alone, whose end was cut short, or that no wish
+    wants; the newest go first."""
+    if _unwanted(store):
+        with store.shared():
+            for one in _unwanted(store):
+                drop(store, one)
 
 
 def _unwanted(store: StoreFiles) -> list[StandbyRecord]:
@@ -340,14 +334,6 @@ def drop_of(store: StoreFiles, *, epochs: list[str] | None = None,
         if one.epoch in (epochs or ()) or (owner is not None and one.owner == owner):
             with store.machine_lock(one.machine, "a standby instance"):
                 _drop(store, one)
-
-
-def drop_dead(store: StoreFiles) -> None:
-    """Those that died, with the host or alone, whose end was cut short, or that somebody had when
-    they were not wanted any more."""
-    if _unwanted(store):
-        with store.shared():
-            _drop_unwanted(store)
 
 
 def drop(store: StoreFiles, standby: StandbyRecord) -> None:

@@ -7,7 +7,7 @@ that transaction ``recover`` removes what was launched; after it, it finishes th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -138,39 +138,33 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                         under_way.phase("switched")
                     points.hit("rollback.switched")
                     clock.lap("switch")
-                    gone = _replace(store, machine, disks, old, target)
+                    _replace(store, machine, disks, old, target)
                     clock.lap("replace")
                     if running:
                         ready.go_on()
                     clock.lap("resume")
                     seconds = clock.last - began
-                    gone()
+                    if old is not None:
+                        hypervisor(machine.spec).end(store, old.id)
                 points.hit("rollback.resumed")
                 _finish(store, under_way.record)
     return {"kept": kept, "seconds": seconds, "steps": clock.steps}
 
 
-def _nothing() -> None:
-    """There is nothing to wait for."""
-
-
 def _replace(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
-             old: InstanceRecord | None, target: Target) -> Callable[[], None]:
+             old: InstanceRecord | None, target: Target) -> None:
     """The old guest runs no more, and the new instance has what there is once. Where the disks
-    have one place only, the old one is gone altogether before; else call what is returned, which
-    waits for that."""
+    have one place only, the old one is gone altogether before."""
     driver = hypervisor(machine.spec)
-    gone = _nothing
     if old is not None:
         if any(store.backend(disk.backend).takes_over for disk in disks):
             driver.end(store, old.id)
         else:
-            gone = driver.strike(store, machine, old)
+            driver.strike(store, machine, old)
     points.hit("rollback.old-gone")
     _take_over(store, [target])
     driver.alone(store, machine, target.instance)
     points.hit("rollback.taken-over")
-    return gone
 
 
 def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
@@ -191,7 +185,7 @@ def fork(store: StoreFiles, epoch: EpochRecord, names: list[str], *,
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
         _refuse_forks(store, epoch)
-        disks = standby.disks_of(store, epoch)
+        disks = launch.disks_of(store, epoch)
         source = store.catalog.machine_by_id(epoch.machine)
         new = [MachineRecord(new_id(), name, spec, time.time(), "", "", "", epoch.id)
                for name in names]

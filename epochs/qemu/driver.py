@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,24 +81,18 @@ class QemuDriver(Hypervisor):
 
     def end(self, store: StoreFiles, instance_id: str) -> None:
         for process in working_in(store.instance_dir(instance_id)):
-            with _ending(instance_id):
+            try:
                 process.kill()
+            except TimeoutError as error:
+                raise EpochsError(f"QEMU of instance {instance_id[:12]} cannot be ended: "
+                                  f"{error}") from error
 
     def strike(self, store: StoreFiles, machine: MachineRecord,
-               instance: InstanceRecord) -> Callable[[], None]:
-        ended = instance.process.strike()
-
-        def gone() -> None:
-            # Its threads end one by one: until the last has, its files and devices are open, while
-            # /proc shows neither its directory nor that it is there.
-            with _ending(instance.id):
-                ended()
-            self.end(store, instance.id)
-
+               instance: InstanceRecord) -> None:
         if machine.spec.publish and machine.spec.net == "user":
-            gone()  # it has the ports
-            return lambda: None
-        return gone
+            self.end(store, instance.id)  # it has the ports
+        else:
+            instance.process.strike()
 
     def released(self, store: StoreFiles, machine_id: str) -> None:
         isolated.take_down(store, machine_id)
@@ -164,15 +157,6 @@ class QemuDriver(Hypervisor):
 
     def console_log(self, store: StoreFiles, machine: MachineRecord) -> Path:
         return store.console_log(machine.id)
-
-
-@contextmanager
-def _ending(instance_id: str) -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError as error:
-        raise EpochsError(f"QEMU of instance {instance_id[:12]} cannot be ended: "
-                          f"{error}") from error
 
 
 def _absolute(text: str | None) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,3 +52,36 @@ def test_an_unrecorded_process_is_found_by_its_directory(
         sleeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
     assert [found.pid for found in working_in(tmp_path)] == [sleeper.pid]
     assert working_in(tmp_path / "elsewhere") == []
+
+
+ENDS_BUT_FOR_A_THREAD = """
+import ctypes, threading, time
+threading.Thread(target=lambda: (print("on", flush=True), time.sleep(600))).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_it_is_there_until_its_last_thread_has_ended(tmp_path: Path) -> None:
+    """As a process that is killed is for a while: the first thread is a zombie and has given up
+    the directory, another one holds memory and files."""
+    child = subprocess.Popen([sys.executable, "-c", ENDS_BUT_FOR_A_THREAD], cwd=tmp_path,
+                             stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"on\n"
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # nothing tells when a thread has ended
+        process = ProcessId.of(child.pid)
+        assert not Path(f"/proc/{child.pid}/cwd").exists()
+        assert process.alive()
+        assert working_in(tmp_path) == [process]
+        process.kill()
+        assert not process.alive()
+        assert working_in(tmp_path) == []
+    finally:
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()

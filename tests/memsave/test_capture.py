@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +85,41 @@ def test_a_clone_that_was_patched_is_captured_right(start: Start, packs: PackSto
         assert contents(third.image, packs) == fresh.memory()
         assert third.new_pages == 1  # page 12 is the parent's
         assert third.changed_pages == 2
+
+
+IS_WRITTEN, IS_FILE, IS_PRESENT = 1 << 1, 1 << 2, 1 << 3  # linux/fs.h
+SCAN = 0xC0606610  # PAGEMAP_SCAN
+
+
+def unprotected_of_the_file(victim: Victim) -> int:
+    """Pages of block 0 that are the file's and that a look for written pages comes upon, asked of
+    the kernel by another way than the one under test."""
+    regions = (ctypes.c_uint64 * (3 * 1024))()
+    start = victim.addresses["ram"]
+    mask = IS_WRITTEN | IS_FILE | IS_PRESENT
+    question = bytearray(struct.pack("=12Q", 96, 0, start, start + victim.layout.blocks[0].size, 0,
+                                     ctypes.addressof(regions), 1024, 0, 0, mask, 0, mask))
+    with Path(f"/proc/{victim.pid}/pagemap").open("rb") as pagemap:
+        found = fcntl.ioctl(pagemap, SCAN, question)
+    return sum(regions[3 * n + 1] - regions[3 * n] for n in range(found)) // PAGE
+
+
+def test_pages_that_were_only_read_are_passed_by(start: Start, packs: PackStore) -> None:
+    """They are protected before the pause, and whatever was written is found nevertheless."""
+    with start() as victim, victim.guest("userfaultfd") as guest:
+        victim.write(0, 1, 300)
+        first, _ = take(guest, packs, "first", Image.zero(victim.layout))
+    with start(packs.pack_path("first")) as clone, clone.guest("userfaultfd") as guest:
+        clone.memory()  # reads all of it
+        assert unprotected_of_the_file(clone) == 512, "the control"
+        clone.write(7, 5, 20)
+        second, capture = take(guest, packs, "second", first.image)
+        assert unprotected_of_the_file(clone) == 0
+        assert capture.precopied_pages + capture.sealed_pages == 20
+        clone.write(20, 6, 20)  # pages written before, and pages that are protected and the file's
+        third, capture = take(guest, packs, "third", second.image, trusted=True)
+        assert capture.precopied_pages + capture.sealed_pages == 20
+        assert contents(third.image, packs) == clone.memory()
 
 
 def test_only_written_pages_are_collected_again(start: Start, packs: PackStore) -> None:

@@ -54,8 +54,8 @@ class ProcessId:
         self._signal(signal.SIGTERM)
 
     def strike(self) -> None:
-        """SIGKILL without waiting: it runs no more, but holds things until it is gone."""
-        self._signal(signal.SIGKILL)
+        """SIGSTOP: it runs no more, and holds what it has until it is killed."""
+        self._signal(signal.SIGSTOP)
 
     def _signal(self, number: signal.Signals) -> None:
         try:

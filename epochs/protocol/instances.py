@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
 from epochs.catalog import InstanceRecord, MachineRecord
 from epochs.errors import Refused
 from epochs.hypervisor import DIED, OFF, PAUSED, RUNNING, SUSPENDED, State, hypervisor
@@ -10,7 +14,18 @@ from epochs.store import StoreFiles
 
 def state(store: StoreFiles, machine: MachineRecord) -> State:
     """What the machine's hypervisor says now."""
-    instance = store.catalog.instance_of(machine.id)
+    return _state(store, machine, store.catalog.instance_of(machine.id))
+
+
+@contextmanager
+def asked(store: StoreFiles, machine: MachineRecord) -> Iterator[Future[State]]:
+    """The same, asked beside what the caller does until it needs the answer."""
+    instance = store.catalog.instance_of(machine.id)  # a connection of SQLite stays in its thread
+    with ThreadPoolExecutor(1, "epochs-ask") as beside:
+        yield beside.submit(_state, store, machine, instance)
+
+
+def _state(store: StoreFiles, machine: MachineRecord, instance: InstanceRecord | None) -> State:
     if instance is None:
         return State(OFF)
     return hypervisor(machine.spec).state(store, machine, instance)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,10 +25,13 @@ from epochs.catalog import (
 from epochs.durable import make_directory, remove_tree
 from epochs.errors import HypervisorDied, Refused
 from epochs.hypervisor import (
+    OFF,
+    PAUSED,
     RUNNING,
     Laps,
     Progress,
     Ready,
+    State,
     Target,
     hypervisor,
     hypervisor_named,
@@ -36,7 +39,7 @@ from epochs.hypervisor import (
 )
 from epochs.protocol import create as creation
 from epochs.protocol import launch, standby, upkeep, verify
-from epochs.protocol.instances import state
+from epochs.protocol.instances import asked, state
 from epochs.protocol.journal import operation
 from epochs.spec import check_name, check_publish
 from epochs.store import StoreFiles, new_id
@@ -91,14 +94,10 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
     the steps with "take" if there was a standby instance.
     """
     began, clock = time.perf_counter(), Laps()
-    found = state(store, machine)
-    if keep and not (found.instance is not None and found.word in (RUNNING, "paused")):
-        why = "is off" if found.word == "off" else f"is not in a state to be sealed ({found.word})"
-        raise Refused(f"machine '{machine.name}' {why}, so its present state cannot be kept as "
-                      "an epoch; use --discard to give it up")
-    running = found.word != "paused" if running is None else running
     disks = store.catalog.disks(machine.id)
-    with store.shared():
+    with asked(store, machine) as found, store.shared():
+        if keep:
+            _refuse_unsealed(machine, found.result())
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
         launch.check_same_disks(store, machine, disks, epoch)
@@ -116,6 +115,8 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                               same_generation=same_generation) as spares:
             target = (spares[0].target if spares
                       else launch.new_target(store, machine.id, disks, cold=False))
+            if _in_one_place(store, disks):  # the old guest is held, and may have to go on again
+                running = _runs(running, found)
             plan = _plan([target], disks, kind=machine.spec.hypervisor, running=running,
                          spares=spares, old=old.id if old else None,
                          old_layers=[disk.active for disk in disks if disk.active])
@@ -131,11 +132,12 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                 clock.rest(ready.timings)
                 with ready:
                     points.hit("rollback.prepared")
+                    running = _runs(running, found)
                     with _ready_to_take_over(store, machine, ready, disks, old, running), \
                             store.catalog.transaction():
                         _put(store, [ready])
                         store.catalog.set_head(machine.id, epoch.id)
-                        under_way.phase("switched")
+                        under_way.phase("switched", running=running)
                     points.hit("rollback.switched")
                     clock.lap("switch")
                     _replace(store, machine, disks, old, target)
@@ -151,13 +153,31 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
     return {"kept": kept, "seconds": seconds, "steps": clock.steps}
 
 
+def _refuse_unsealed(machine: MachineRecord, found: State) -> None:
+    """Refused if the present state cannot be kept."""
+    if found.instance is None or found.word not in (RUNNING, PAUSED):
+        why = "is off" if found.word == OFF else f"is not in a state to be sealed ({found.word})"
+        raise Refused(f"machine '{machine.name}' {why}, so its present state cannot be kept as "
+                      "an epoch; use --discard to give it up")
+
+
+def _runs(wanted: bool | None, found: Future[State]) -> bool:
+    """Whether the guest is to run afterwards; if nothing is ``wanted``, as it was found."""
+    return found.result().word != PAUSED if wanted is None else wanted
+
+
+def _in_one_place(store: StoreFiles, disks: list[DiskRecord]) -> bool:
+    """Whether a disk has one place only."""
+    return any(store.backend(disk.backend).takes_over for disk in disks)
+
+
 def _replace(store: StoreFiles, machine: MachineRecord, disks: list[DiskRecord],
              old: InstanceRecord | None, target: Target) -> None:
     """The old guest runs no more, and the new instance has what there is once. Where the disks
     have one place only, the old one is gone altogether before."""
     driver = hypervisor(machine.spec)
     if old is not None:
-        if any(store.backend(disk.backend).takes_over for disk in disks):
+        if _in_one_place(store, disks):
             driver.end(store, old.id)
         else:
             driver.strike(store, machine, old)
@@ -231,13 +251,24 @@ def _fork(store: StoreFiles, epoch: EpochRecord, machines: list[MachineRecord],
             points.hit("fork.committed")
             for machine, one in zip(machines, ready, strict=True):
                 driver.alone(store, machine, one.record.id)
-                if not paused:
-                    one.go_on()
+            if not paused:
+                _go_on_at_once(ready)
             points.hit("fork.resumed")
         finally:
             for one in launched:
                 one.close()
         under_way.end()
+
+
+def _go_on_at_once(ready: list[Ready]) -> None:
+    """Guests that go on are busy at first; none is to keep another's hypervisor from answering."""
+    if len(ready) == 1:
+        ready[0].go_on()
+        return
+    with ThreadPoolExecutor(len(ready), "epochs-go-on") as pool:
+        under_way = [pool.submit(one.go_on) for one in ready]
+    for one in under_way:
+        one.result()
 
 
 def _refuse_forks(store: StoreFiles, epoch: EpochRecord) -> None:
@@ -277,11 +308,12 @@ def _launch_all(store: StoreFiles, machines: list[MachineRecord], disks: list[Di
     return [future.result() for future in futures]
 
 
-def _plan(targets: Iterable[Target], disks: list[DiskRecord], *, kind: str, running: bool,
+def _plan(targets: Iterable[Target], disks: list[DiskRecord], *, kind: str, running: bool | None,
           spares: Iterable[standby.Spare] = (), old: str | None = None,
           old_layers: Iterable[str] = (), kept: Iterable[str] = ()) -> dict[str, Any]:
-    """``kept``: active layers that a cold start goes on with. ``spares`` are noted by instance,
-    with the machine that nobody sees: until the switch they are the standby's own."""
+    """``kept``: active layers that a cold start goes on with. ``running``: None if only the switch
+    will say. ``spares`` are noted by instance, with the machine that nobody sees: until the switch
+    they are the standby's own."""
     return {"targets": [target.to_plan() for target in targets], "hypervisor": kind,
             "backends": {disk.name: disk.backend for disk in disks}, "running": running,
             "old": old, "old_layers": list(old_layers), "kept": list(kept),
@@ -360,10 +392,10 @@ def _ready_to_take_over(store: StoreFiles, machine: MachineRecord, ready: Ready,
                         running: bool) -> Iterator[None]:
     """Where the new instance will take a disk's only place: the old guest stands still, and whether
     that can be done is looked at once more. If the switch does not come, it goes on."""
-    backends = {disk.name: store.backend(disk.backend) for disk in disks}
-    if not any(backend.takes_over for backend in backends.values()):
+    if not _in_one_place(store, disks):
         yield
         return
+    backends = {disk.name: store.backend(disk.backend) for disk in disks}
     held = old is not None and running and state(store, machine).alive
     if held and old is not None:
         hypervisor(machine.spec).hold(store, old)

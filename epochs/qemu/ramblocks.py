@@ -3,9 +3,9 @@
 ``info ramblock`` lists the blocks. Newer versions print each one's host address and whether it is
 writable (since 8.1 or so); 7.2 prints neither, so addresses are found from the mappings: QEMU
 maps each block on its own and puts an inaccessible guard page behind it (util/mmap-alloc.c), so a
-block of N bytes is a private writable mapping of exactly N bytes followed by a guard. Where
-several blocks have one size, the guest-physical mapping (``info mtree -f``, ``gpa2hva``) tells
-them apart.
+block of N bytes is a private writable mapping of exactly N bytes followed by a guard. The block
+that has a file behind it is found by that; the others by the guest-physical mapping
+(``info mtree -f``, ``gpa2hva``), and what that does not show by its size.
 """
 
 from __future__ import annotations
@@ -103,8 +103,12 @@ def _from_mappings(monitor: Monitor, pid: int, listed: list[_Listed],
     guarded = [m for m, after in pairwise(maps)
                if m.mode == "rw-p" and after.start == m.end and after.mode == "---p"
                and after.end - after.start >= GUARD]
-    mapped = _guest_mapped(monitor, {block.name for block in listed})
-    taken: dict[str, int] = {b.name: mapped[b.name] for b in listed if b.name in mapped}
+    with_file = [m for m in guarded if m.path]
+    taken: dict[str, int] = {}
+    if len(with_file) == 1:
+        taken = {b.name: with_file[0].start for b in listed
+                 if b.name == main and _whole_total(b) == with_file[0].end - with_file[0].start}
+    taken |= _guest_mapped(monitor, {block.name for block in listed} - taken.keys())
     for size in {_whole_total(block) for block in listed if block.name not in taken}:
         wanted = [b for b in listed if b.name not in taken and _whole_total(b) == size]
         free = [m for m in guarded if m.end - m.start == size and m.start not in taken.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -39,6 +40,17 @@ def test_a_pid_that_was_given_away_again_is_not_the_process(
 
 def test_a_process_of_an_earlier_boot_is_dead(sleeper: subprocess.Popen[bytes]) -> None:
     assert not replace(ProcessId.of(sleeper.pid), boot="earlier").alive()
+
+
+def test_a_struck_process_stands_still_until_it_is_killed(
+        sleeper: subprocess.Popen[bytes]) -> None:
+    process = ProcessId.of(sleeper.pid)
+    process.strike()
+    _, status = os.waitpid(sleeper.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    assert process.alive(), "it holds what it has"
+    process.kill()
+    assert not process.alive()
 
 
 def test_waiting_ends_with_the_process_or_the_time(sleeper: subprocess.Popen[bytes]) -> None:

@@ -126,6 +126,19 @@ def test_rollback(store: Store, boot: Boot, action: str) -> None:
 
 
 @pytest.mark.timeout(1800)
+def test_rollback_of_a_paused_machine(store: Store, boot: Boot) -> None:
+    """Whether the guest runs is known by the switch, and what recovers keeps to it."""
+    web, first, _ = prepared(boot)
+    web.pause()
+    for point in ("rollback.prepared", "rollback.switched", "rollback.old-gone"):
+        struck(store, point, "kill", "rollback", "web", first, "--discard")
+        settled(store, point)
+        assert web.status()["state"] == "paused", point
+    web.start()
+    assert ctl(web, "nonce", "get") == "sealed"
+
+
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("action", ["kill", "fail"])
 def test_fork(store: Store, boot: Boot, action: str) -> None:
     web, _, count = prepared(boot)

@@ -220,7 +220,6 @@ def remove(store: StoreFiles, machine: MachineRecord, *, with_epochs: bool = Fal
                 store.catalog.remove_machine(machine.id)
             upkeep.redo_delete(store, under_way.record)
         upkeep.try_tidy(store)
-    store.forget_machine_lock(machine.id)
     return Removal(machine.name, gone)
 
 

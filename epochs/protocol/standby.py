@@ -358,7 +358,6 @@ def _drop(store: StoreFiles, standby: StandbyRecord) -> None:
             store.catalog.remove_machine(machine.id)
         points.hit("standby.ended")
         upkeep.redo_delete(store, under_way.record)
-    store.forget_machine_lock(machine.id)
 
 
 def _forget_lock(store: StoreFiles, standby: StandbyRecord) -> None:

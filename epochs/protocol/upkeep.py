@@ -53,19 +53,23 @@ def drop_packs(store: StoreFiles) -> None:
 
 
 def redo_delete(store: StoreFiles, record: JournalRecord) -> None:
-    """Remove the files of epochs that were forgotten; repeatable."""
+    """Remove the files of epochs, or of a machine, that were forgotten; repeatable."""
     left = store.catalog.parents()
     for epoch in record.plan["epochs"]:
         if epoch not in left:
             remove_tree(store.epoch_dir(epoch))
     machine = record.plan.get("machine")
-    if machine and store.catalog.machine_by_id(machine) is None:
+    if machine and store.catalog.machine_by_id(machine) is not None:
+        machine = None  # not forgotten yet
+    if machine:
         remove_tree(store.machine_dir(machine))
     points.hit("delete.files-dropped")
     drop_packs(store)
     drop_layers(store, record.plan["layers"])
     with store.catalog.transaction():
         store.catalog.end(record.id)
+    if machine:
+        store.forget_machine_lock(machine)
 
 
 # -- chains ------------------------------------------------------------------------------------

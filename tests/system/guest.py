@@ -158,7 +158,7 @@ def wait_fillers(store: Store) -> None:
 
 def assert_tidy(store: Store) -> None:
     """Invariant 1: nothing in the store that the catalog does not name, no process astray, no
-    journal row left."""
+    journal row left, no lock of a machine that is gone."""
     from epochs.protocol import upkeep
 
     wait_fillers(store)
@@ -167,6 +167,8 @@ def assert_tidy(store: Store) -> None:
     known = {i.process.pid for i in store.files.catalog.instances() if i.process.alive()}
     assert set(processes_in(store.files.path / "instances")) == known
     assert upkeep.strays(store.files) == []
+    for lock in (store.files.path / "locks").glob("machine-*"):
+        assert store.files.catalog.machine_by_id(lock.name.removeprefix("machine-")), lock
     blocks = {layer.id for layer in store.files.catalog.layers()}
     for epoch in store.epochs():
         assert set(epoch.disks.values()) <= blocks

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .guest import (
 
 pytestmark = [pytest.mark.guest]
 Boot = Callable[..., Machine]
+RESEEDING = 90.0  # seconds; Linux reseeds once a minute
 
 
 def prepared(boot: Boot) -> tuple[Machine, Epoch, int]:
@@ -85,6 +87,16 @@ def test_rollback(store: Store, boot: Boot, tmp_path: Path) -> None:
     assert "TINY READY" in web.console_log.read_text()
 
 
+def drawn_apart(forks: list[Machine]) -> None:
+    """Wait until all draw different random numbers: what the host mixed in is used from the
+    kernel's next reseeding on, as these guests cannot ask for one."""
+    deadline = time.monotonic() + RESEEDING
+    while len({fork.exec(["/bin/busybox", "od", "-An", "-N8", "-tx1", "/dev/urandom"]).stdout
+               for fork in forks}) < len(forks):
+        assert time.monotonic() < deadline, "the same random numbers in two forks"
+        time.sleep(1)
+
+
 def test_forks(store: Store, boot: Boot) -> None:
     """Two standbys and three forks at once: two are taken, one is launched. Each is alone."""
     web, epoch, count = prepared(boot)
@@ -99,9 +111,7 @@ def test_forks(store: Store, boot: Boot) -> None:
         wait_witness(fork, count)
     assert [ctl(fork, "nonce", "get") for fork in forks] == ["one", "two", "three"]
     assert ctl(web, "nonce", "get") == "present"
-    numbers = {fork.exec(["/bin/busybox", "od", "-An", "-N8", "-tx1", "/dev/urandom"]).stdout
-               for fork in forks}
-    assert len(numbers) == 3
+    drawn_apart(forks)
     child = forks[0].create()
     with store.fork(child, "four") as four:
         assert ctl(four, "nonce", "get") == "one"

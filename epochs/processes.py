@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+STOPPING = 0.005  # seconds
 
 
 @cache
@@ -54,8 +57,17 @@ class ProcessId:
         self._signal(signal.SIGTERM)
 
     def strike(self) -> None:
-        """SIGSTOP: it runs no more, and holds what it has until it is killed."""
+        """When this returns no thread of it runs, and it holds what it has until it is killed.
+
+        SIGSTOP, which costs no processor its time as the end of a process does. It reaches all
+        threads once one has taken it, which its first one's state shows; if that takes long, as in
+        a read from a slow disk, SIGKILL, which reaches all at once."""
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + STOPPING
+        while (found := _stat(self.pid)) is not None and found[0] not in "TZX":
+            if time.monotonic() > deadline:
+                self._signal(signal.SIGKILL)
+                return
 
     def _signal(self, number: signal.Signals) -> None:
         try:

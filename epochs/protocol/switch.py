@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -95,8 +95,9 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
     """
     began, clock = time.perf_counter(), Laps()
     disks = store.catalog.disks(machine.id)
-    with asked(store, machine) as found, store.shared():
-        if keep:
+    needed = keep or running is None or _in_one_place(store, disks)
+    with asked(store, machine) if needed else nullcontext() as found, store.shared():
+        if keep and found is not None:
             _refuse_unsealed(machine, found.result())
         epoch = store.catalog.epoch(epoch.id)  # it may just have been deleted
         verify.before_use(store, epoch)
@@ -115,9 +116,8 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                               same_generation=same_generation) as spares:
             target = (spares[0].target if spares
                       else launch.new_target(store, machine.id, disks, cold=False))
-            if _in_one_place(store, disks):  # the old guest is held, and may have to go on again
-                running = _runs(running, found)
-            plan = _plan([target], disks, kind=machine.spec.hypervisor, running=running,
+            ran = _in_one_place(store, disks) and found is not None and _runs(found.result())
+            plan = _plan([target], disks, kind=machine.spec.hypervisor, running=running, ran=ran,
                          spares=spares, old=old.id if old else None,
                          old_layers=[disk.active for disk in disks if disk.active])
             if spares:
@@ -132,8 +132,9 @@ def rollback(store: StoreFiles, machine: MachineRecord, epoch: EpochRecord, *, k
                 clock.rest(ready.timings)
                 with ready:
                     points.hit("rollback.prepared")
-                    running = _runs(running, found)
-                    with _ready_to_take_over(store, machine, ready, disks, old, running), \
+                    if running is None:
+                        running = found is None or found.result().word != PAUSED
+                    with _ready_to_take_over(store, machine, ready, disks, old, ran), \
                             store.catalog.transaction():
                         _put(store, [ready])
                         store.catalog.set_head(machine.id, epoch.id)
@@ -161,9 +162,9 @@ def _refuse_unsealed(machine: MachineRecord, found: State) -> None:
                       "an epoch; use --discard to give it up")
 
 
-def _runs(wanted: bool | None, found: Future[State]) -> bool:
-    """Whether the guest is to run afterwards; if nothing is ``wanted``, as it was found."""
-    return found.result().word != PAUSED if wanted is None else wanted
+def _runs(found: State) -> bool:
+    """Whether the guest runs, or is held by something that a user did not do."""
+    return found.alive and found.word != PAUSED
 
 
 def _in_one_place(store: StoreFiles, disks: list[DiskRecord]) -> bool:
@@ -238,9 +239,9 @@ def _fork(store: StoreFiles, epoch: EpochRecord, machines: list[MachineRecord],
         for machine in machines:
             make_directory(store.machine_dir(machine.id))
         launched = _launch_all(store, fresh, disks, targets, epoch, same_generation)
+        ready = [*(spare.ready for spare in spares), *launched]
         try:
             points.hit("fork.prepared")
-            ready = [*(spare.ready for spare in spares), *launched]
             with store.catalog.transaction():
                 for spare in spares:
                     store.catalog.reveal(spare.machine)
@@ -254,8 +255,8 @@ def _fork(store: StoreFiles, epoch: EpochRecord, machines: list[MachineRecord],
             if not paused:
                 _go_on_at_once(ready)
             points.hit("fork.resumed")
-        finally:
-            for one in launched:
+        finally:  # those of the spares, too: undoing a switch connects to all
+            for one in ready:
                 one.close()
         under_way.end()
 
@@ -309,14 +310,15 @@ def _launch_all(store: StoreFiles, machines: list[MachineRecord], disks: list[Di
 
 
 def _plan(targets: Iterable[Target], disks: list[DiskRecord], *, kind: str, running: bool | None,
-          spares: Iterable[standby.Spare] = (), old: str | None = None,
+          ran: bool = False, spares: Iterable[standby.Spare] = (), old: str | None = None,
           old_layers: Iterable[str] = (), kept: Iterable[str] = ()) -> dict[str, Any]:
     """``kept``: active layers that a cold start goes on with. ``running``: None if only the switch
-    will say. ``spares`` are noted by instance, with the machine that nobody sees: until the switch
-    they are the standby's own."""
+    will say. ``ran``: the old guest is held before the switch, and goes on if that does not come.
+    ``spares`` are noted by instance, with the machine that nobody sees: until the switch they are
+    the standby's own."""
     return {"targets": [target.to_plan() for target in targets], "hypervisor": kind,
             "backends": {disk.name: disk.backend for disk in disks}, "running": running,
-            "old": old, "old_layers": list(old_layers), "kept": list(kept),
+            "ran": ran, "old": old, "old_layers": list(old_layers), "kept": list(kept),
             "spares": {spare.target.instance: spare.ready.standby for spare in spares}}
 
 
@@ -352,8 +354,7 @@ def undo(store: StoreFiles, record: JournalRecord) -> None:
                 _go_on(store, target)
         _finish(store, record)
         return
-    if record.plan["old"] and record.plan["running"] and any(
-            store.backend(backend).takes_over for backend in record.plan["backends"].values()):
+    if record.plan["old"] and record.plan["ran"]:
         _let_go_on(store, record.machine or "", record.plan["old"])
     targets = [target for target in targets if target.instance not in record.plan["spares"]]
     for target in targets:
@@ -389,14 +390,15 @@ def _take_over(store: StoreFiles, targets: Iterable[Target]) -> None:
 @contextmanager
 def _ready_to_take_over(store: StoreFiles, machine: MachineRecord, ready: Ready,
                         disks: list[DiskRecord], old: InstanceRecord | None,
-                        running: bool) -> Iterator[None]:
+                        ran: bool) -> Iterator[None]:
     """Where the new instance will take a disk's only place: the old guest stands still, and whether
-    that can be done is looked at once more. If the switch does not come, it goes on."""
+    that can be done is looked at once more. If the switch does not come, it goes on if it
+    ``ran``."""
     if not _in_one_place(store, disks):
         yield
         return
     backends = {disk.name: store.backend(disk.backend) for disk in disks}
-    held = old is not None and running and state(store, machine).alive
+    held = old is not None and ran and state(store, machine).alive
     if held and old is not None:
         hypervisor(machine.spec).hold(store, old)
     try:

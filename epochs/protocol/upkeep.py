@@ -66,10 +66,10 @@ def redo_delete(store: StoreFiles, record: JournalRecord) -> None:
     points.hit("delete.files-dropped")
     drop_packs(store)
     drop_layers(store, record.plan["layers"])
-    with store.catalog.transaction():
-        store.catalog.end(record.id)
     if machine:
         store.forget_machine_lock(machine)
+    with store.catalog.transaction():
+        store.catalog.end(record.id)
 
 
 # -- chains ------------------------------------------------------------------------------------

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from epochs import processes
 from epochs.processes import ProcessId, working_in
 
 
@@ -42,15 +43,62 @@ def test_a_process_of_an_earlier_boot_is_dead(sleeper: subprocess.Popen[bytes]) 
     assert not replace(ProcessId.of(sleeper.pid), boot="earlier").alive()
 
 
+BUSY = """
+import mmap, sys, threading
+with open(sys.argv[1], "r+b") as file:
+    counter = mmap.mmap(file.fileno(), 8)
+def count():
+    number = 0
+    while True:
+        number += 1
+        counter[:] = number.to_bytes(8, "little")
+threading.Thread(target=count).start()
+"""
+
+
+@pytest.fixture
+def busy(tmp_path: Path) -> Iterator[tuple[ProcessId, Callable[[], bool]]]:
+    """A process with a thread that is at work, and what says whether that goes on."""
+    file = tmp_path / "counter"
+    file.write_bytes(bytes(8))
+    child = subprocess.Popen([sys.executable, "-c", BUSY, str(file)])
+
+    def works() -> bool:
+        before, deadline = file.read_bytes(), time.monotonic() + 0.2
+        while time.monotonic() < deadline:
+            if file.read_bytes() != before:
+                return True
+        return False
+
+    try:
+        while not works():
+            assert child.poll() is None
+        yield ProcessId.of(child.pid), works
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_a_struck_process_stands_still_until_it_is_killed(
-        sleeper: subprocess.Popen[bytes]) -> None:
-    process = ProcessId.of(sleeper.pid)
+        busy: tuple[ProcessId, Callable[[], bool]]) -> None:
+    process, works = busy
+    assert works(), "the control"
     process.strike()
-    _, status = os.waitpid(sleeper.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
+    assert not works()
     assert process.alive(), "it holds what it has"
     process.kill()
     assert not process.alive()
+
+
+def test_a_process_that_does_not_stop_is_killed(
+        busy: tuple[ProcessId, Callable[[], bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is in the kernel for long cannot be had at will."""
+    process, works = busy
+    monkeypatch.setattr(processes, "_stat", lambda pid: ("D", process.start_time, 2))
+    process.strike()
+    monkeypatch.undo()
+    assert process.wait(10)
+    assert not works()
 
 
 def test_waiting_ends_with_the_process_or_the_time(sleeper: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@ A missing tool or guest is a failure where $CI is set, and a skip elsewhere.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,16 +48,21 @@ def any_qemu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def store(tmp_path: Path, any_qemu: str) -> Iterator[Store]:
     """An empty store, with every QEMU in turn; at the end every guest in it is gone and nothing is
     left astray."""
-    with Store(tmp_path / "store") as opened:
-        yield opened
-        opened.settle()
-        assert_tidy(opened)
-        for machine in opened.machines():
-            machine.remove(force=True, with_epochs=True)
-        opened.delete(opened.epochs())  # of machines that the test itself removed
-        assert opened.files.catalog.layers() == []
-        assert_tidy(opened)
-    assert processes_in(tmp_path) == []
+    try:
+        with Store(tmp_path / "store") as opened:
+            yield opened
+            opened.settle()
+            assert_tidy(opened)
+            for machine in opened.machines():
+                machine.remove(force=True, with_epochs=True)
+            opened.delete(opened.epochs())  # of machines that the test itself removed
+            assert opened.files.catalog.layers() == []
+            assert_tidy(opened)
+    finally:
+        astray = processes_in(tmp_path)
+        for process in astray:
+            os.kill(process, signal.SIGKILL)
+    assert astray == []
 
 
 @pytest.fixture

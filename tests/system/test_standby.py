@@ -283,6 +283,25 @@ def killed(store: Store, point: str, *command: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.timeout(300)
+def test_a_failure_once_forks_are_there(store: Store, boot: Boot) -> None:
+    """They are finished at once, those that were standbys and the one that was launched."""
+    _, epoch, count = prepared(boot)
+    for point in ("fork.committed", "fork.resumed"):
+        store.standby(epoch, 2)
+        done = run_cli(store.files.path, "fork", "web@ready", "trial", "--count", "3",
+                       fault=f"{point}:fail", check=False)
+        assert done.returncode == 5, done.stderr
+        assert "undoing it did not work" not in done.stderr
+        for number in (1, 2, 3):
+            trial = store.machine(f"trial-{number}")
+            assert ctl(trial, "nonce", "get") == "sealed", point
+            wait_witness(trial, count)
+            trial.remove(force=True)
+    store.standby(epoch, 0)
+    assert_tidy(store)
+
+
 def test_kills(store: Store, boot: Boot) -> None:
     """A command that makes, takes or ends a standby is killed at each of its points."""
     web, epoch, count = prepared(boot)

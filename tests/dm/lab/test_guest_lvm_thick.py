@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from epochs import Machine, Store
+from epochs.points import FaultInjected
 from tests.dm.lab.story import OPERATIONS, negative_control, story
 from tests.dm.lab.volumes import GROUP, group, lvm, volume, volumes
 from tests.system.files import files_story, shell
@@ -90,6 +91,21 @@ def test_a_snapshot_that_gets_full(given: dict[str, str], store: Store, tiny: Ar
 
 
 @pytest.mark.timeout(2000)
+def test_a_rollback_that_fails_leaves_a_paused_guest_paused(
+        web: Machine, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was to run afterwards. One that ran goes on: the old guest is held before."""
+    epoch = web.create()
+    monkeypatch.setenv("EPOCHS_FAULT", "rollback.prepared:fail")
+    for state in ("running", "paused"):
+        with pytest.raises(FaultInjected):
+            web.rollback(epoch, keep=False, running=True)
+        assert web.status()["state"] == state
+        web.pause()
+    monkeypatch.undo()
+    web.rollback(epoch, keep=False, running=True)
+    assert web.status()["state"] == "running"
+
+
 def test_random_operations(web: Machine, store: Store, tmp_path: Path) -> None:
     model = Model(store, web, random.Random(20261127), forks=False, boot_limit=180,
                   epochs=8)

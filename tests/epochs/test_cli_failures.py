@@ -29,6 +29,7 @@ from epochs.cli.failures import describe
 from epochs.points import FaultInjected
 from epochs.qemu.agent import AgentSilent
 from epochs.qemu.monitor import MonitorError
+from epochs.xen.domains import SavedByAnother
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -214,7 +215,7 @@ def documented() -> dict[str, set[int]]:
 
 def test_every_error_is_documented_with_the_exit_code_it_has() -> None:
     kinds = {errors.EpochsError, blockcow.BlockError, memsave.errors.MemsaveError, FaultInjected,
-             AgentSilent, MonitorError}
+             AgentSilent, MonitorError, SavedByAnother}
     kinds |= set(subclasses(errors.EpochsError)) | set(subclasses(blockcow.BlockError))
     kinds |= set(subclasses(memsave.errors.MemsaveError))
     table = documented()

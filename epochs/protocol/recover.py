@@ -95,9 +95,9 @@ def recover(store: StoreFiles) -> list[Recovered]:
                     settled += _settle(store, record)
                 except (EpochsError, BlockError, MemsaveError, OSError) as error:
                     store.notice(f"an interrupted {record.kind} cannot be settled yet: {error}")
-                if record.kind == "remove" and record.machine and (
-                        store.catalog.find_journal(record.id) is None):
-                    # Looking for the lock made it anew if another command had been first.
+                if (record.machine and store.catalog.find_journal(record.id) is None
+                        and store.catalog.machine_by_id(record.machine) is None):
+                    # It was never added, or another command was first and its lock was made anew.
                     store.forget_machine_lock(record.machine)
     try:
         mounts.drop_dead(store)

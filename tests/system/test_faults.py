@@ -13,7 +13,16 @@ from epochs import Epoch, Machine, Store
 from epochs.points import ALL, POINTS
 from tests.dm.swept import VISITED as IN_POOLS
 
-from .guest import assert_tidy, check_disks, cli_json, ctl, run_cli, wait_console, wait_witness
+from .guest import (
+    assert_no_lock_astray,
+    assert_tidy,
+    check_disks,
+    cli_json,
+    ctl,
+    run_cli,
+    wait_console,
+    wait_witness,
+)
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 Boot = Callable[..., Machine]
@@ -49,6 +58,7 @@ def settled(store: Store, point: str, again: tuple[str, ...] = ()) -> None:
     run_cli(store.files.path, "recover")
     assert cli_json(store.files.path, "recover")["recovered"] == []  # type: ignore[index]
     assert_tidy(store)
+    assert_no_lock_astray(store)
 
 
 @pytest.mark.timeout(1800)

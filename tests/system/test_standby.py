@@ -21,6 +21,7 @@ from epochs.qemu import monitor
 
 from .guest import (
     Artefacts,
+    assert_no_lock_astray,
     assert_tidy,
     check_disks,
     cli_json,
@@ -279,10 +280,9 @@ def killed(store: Store, point: str, *command: str) -> None:
     run_cli(store.files.path, "recover")
     assert cli_json(store.files.path, "recover")["recovered"] == []  # type: ignore[index,call-overload]
     assert_tidy(store)
+    assert_no_lock_astray(store)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.timeout(300)
 def test_a_failure_once_forks_are_there(store: Store, boot: Boot) -> None:
     """They are finished at once, those that were standbys and the one that was launched."""
@@ -302,6 +302,8 @@ def test_a_failure_once_forks_are_there(store: Store, boot: Boot) -> None:
     assert_tidy(store)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_kills(store: Store, boot: Boot) -> None:
     """A command that makes, takes or ends a standby is killed at each of its points."""
     web, epoch, count = prepared(boot)

@@ -30,7 +30,7 @@ def known() -> list[str]:
         ["xenstore-list", path], capture_output=True, text=True, check=False).stdout.split()]
 
 
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@pytest.mark.parametrize("kind", [pytest.param("pv", marks=pytest.mark.whole), "pvh"])
 def test_create(kind: str, boot: Callable[[str], Machine], store: Store, sweep: Sweep) -> None:
     web = boot(kind)
     first = web.create()

@@ -21,7 +21,7 @@ XEN = ["--disk", "700M", "--disk", "700M"]
 pytestmark = pytest.mark.timeout(1400)
 
 
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@pytest.mark.parametrize("kind", [pytest.param("pv", marks=pytest.mark.whole), "pvh"])
 def test_story(kind: str, boot: Callable[[str], Machine], store: Store, tmp_path: Path) -> None:
     web = boot(kind)
     ctl(web, "nonce", "set", "one")

@@ -17,10 +17,12 @@ from typing import Any
 
 import qemu.qmp
 from qemu.qmp import EventListener, QMPClient
+from qemu.qmp.qmp_client import NegotiationError
 
 from epochs.errors import Failed, HypervisorDied
 
 ANSWER_LIMIT = 60.0  # seconds; a monitor that is silent for longer is stuck
+GREETINGS = 5  # connections tried while an event comes between greeting and agreement
 
 
 def connect_unix(path: Path) -> socket.socket:
@@ -46,6 +48,16 @@ class MonitorError(Failed):
         self.text = text
 
 
+def _overtaken(error: HypervisorDied) -> bool:
+    """Whether it was a message other than the answer that ended the agreement on capabilities:
+    QEMU sends events as soon as it agrees, which may be before it says so, and qemu.qmp takes
+    the first message for the answer."""
+    cause = error.__cause__
+    negotiation = cause.exc if isinstance(cause, qemu.qmp.ConnectError) else None
+    return (isinstance(negotiation, NegotiationError)
+            and isinstance(negotiation.__cause__, AssertionError))
+
+
 class Monitor:
     """One QMP session. Context manager; closing it leaves QEMU alone."""
 
@@ -62,10 +74,16 @@ class Monitor:
     @classmethod
     def open(cls, path: Path) -> Monitor:
         """Connect to a QMP socket; HypervisorDied if nobody listens there."""
-        try:
-            return cls(connect_unix(path))
-        except OSError as error:
-            raise HypervisorDied(f"QEMU does not answer at {path}: {error}") from error
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                return cls(connect_unix(path))
+            except OSError as error:
+                raise HypervisorDied(f"QEMU does not answer at {path}: {error}") from error
+            except HypervisorDied as error:
+                if tried == GREETINGS or not _overtaken(error):
+                    raise
 
     def _run(self, coroutine: Any) -> Any:
         return self._guarded(asyncio.wait_for(coroutine, ANSWER_LIMIT))

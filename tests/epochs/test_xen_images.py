@@ -12,8 +12,9 @@ import pytest
 from epochs import DiskSpec, MachineSpec, Store
 from epochs.errors import NotFound
 from epochs.points import POINTS
+from tests.commands import cli_json, run_cli
 from tests.memsave.xen_writers import PvDomain, hvm_records, xl_file
-from tests.system.guest import assert_tidy, cli_json, run_cli
+from tests.system.guest import assert_tidy
 
 CONFIG = json.dumps({
     "c_info": {"type": "pv", "name": "web", "uuid": "11111111-2222-3333-4444-555555555555"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import select
@@ -179,24 +178,6 @@ def assert_no_lock_astray(store: Store) -> None:
         assert store.files.catalog.machine_by_id(lock.name.removeprefix("machine-")), lock
 
 
-def run_cli(store: Path, *arguments: str, fault: str | None = None,
-            check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m epochs`` as a user would, optionally with a fault injected."""
-    import sys
-
-    environment = {**os.environ, "EPOCHS_STORE": str(store), **more}
-    environment.pop("EPOCHS_FAULT", None)
-    if fault:
-        environment["EPOCHS_FAULT"] = fault
-    return subprocess.run([sys.executable, "-m", "epochs", *arguments], env=environment,
-                          capture_output=True, text=True, check=check, timeout=300)
-
-
-def cli_json(store: Path, *arguments: str) -> object:
-    """Run a command with --json and return its document."""
-    return json.loads(run_cli(store, "--json", *arguments).stdout)
-
-
 __all__ = ["Artefacts", "WitnessFailed", "assert_no_lock_astray", "assert_tidy", "check_disks",
-           "cli_json", "ctl", "processes_in", "run_cli", "wait_console", "wait_fillers",
+           "ctl", "processes_in", "wait_console", "wait_fillers",
            "wait_witness", "witness_count"]

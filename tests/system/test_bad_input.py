@@ -14,8 +14,9 @@ import pytest
 
 from epochs import Machine, Store
 from memsave import MemsaveError
+from tests.commands import run_cli
 
-from .guest import Artefacts, assert_tidy, mounted, run_cli, wait_console, wait_witness
+from .guest import Artefacts, assert_tidy, mounted, wait_console, wait_witness
 
 pytestmark = pytest.mark.guest
 Refuse = Callable[..., str]

@@ -14,9 +14,10 @@ from epochs import Machine, Store
 from epochs.qemu.agent import Agent
 from epochs.qemu.connection import open_monitor
 from epochs.qemu.process import AGENT_SOCKET
+from tests.commands import cli_json, run_cli
 from tests.json_fields import documented, fields
 
-from .guest import CTL, cli_json, run_cli, wait_witness
+from .guest import CTL, wait_witness
 
 pytestmark = pytest.mark.guest
 

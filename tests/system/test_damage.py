@@ -10,8 +10,9 @@ import pytest
 import memsave
 from epochs import Epoch, Machine, Store
 from epochs.errors import Damaged
+from tests.commands import run_cli
 
-from .guest import ctl, run_cli, wait_witness
+from .guest import ctl, wait_witness
 
 pytestmark = pytest.mark.guest
 

@@ -11,18 +11,10 @@ import pytest
 
 from epochs import Epoch, Machine, Store
 from epochs.points import ALL, POINTS
+from tests.commands import cli_json, run_cli
 from tests.dm.swept import VISITED as IN_POOLS
 
-from .guest import (
-    assert_no_lock_astray,
-    assert_tidy,
-    check_disks,
-    cli_json,
-    ctl,
-    run_cli,
-    wait_console,
-    wait_witness,
-)
+from .guest import assert_no_lock_astray, assert_tidy, check_disks, ctl, wait_console, wait_witness
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 Boot = Callable[..., Machine]

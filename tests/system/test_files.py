@@ -12,9 +12,10 @@ import pytest
 from epochs import Machine, Store
 from epochs.points import POINTS
 from epochs.processes import working_in
+from tests.commands import cli_json, run_cli
 
 from .files import files_story, loop_devices, mounted_below
-from .guest import assert_tidy, cli_json, run_cli
+from .guest import assert_tidy
 
 pytestmark = pytest.mark.guest
 Boot = Callable[..., Machine]

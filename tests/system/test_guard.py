@@ -14,9 +14,10 @@ import pytest
 
 from epochs import Epoch, Machine, Store
 from epochs.retention import Policy
+from tests.commands import run_cli
 from tests.json_fields import rows, top_level
 
-from .guest import CTL, ctl, run_cli, wait_witness
+from .guest import CTL, ctl, wait_witness
 
 pytestmark = pytest.mark.guest
 EPOCHS = f"{sys.executable} -m epochs"

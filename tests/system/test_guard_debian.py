@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from epochs import Machine, Store
+from tests.commands import run_cli
 
 from .conftest import required
-from .guest import debian_spec, run_cli, wait_console
+from .guest import debian_spec, wait_console
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 

@@ -14,9 +14,10 @@ import pytest
 from epochs import Epoch, Machine, Store
 from epochs.fixup import DONE, HOOK, Wishes
 from epochs.qemu.fixup import machine_id
+from tests.commands import cli_json, run_cli
 
 from .conftest import required
-from .guest import Artefacts, cli_json, debian_spec, run_cli, wait_console, wait_witness
+from .guest import Artefacts, debian_spec, wait_console, wait_witness
 
 pytestmark = pytest.mark.guest
 

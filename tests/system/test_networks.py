@@ -20,8 +20,9 @@ from epochs.errors import Refused
 from epochs.network import isolated
 from epochs.network.plan import GUEST
 from epochs.points import POINTS
+from tests.commands import cli_json, run_cli
 
-from .guest import Artefacts, cli_json, run_cli, wait_console, wait_fillers, wait_witness
+from .guest import Artefacts, wait_console, wait_fillers, wait_witness
 from .networks import NOTHING, alone, answer, asked, inside, left, serve
 
 pytestmark = [pytest.mark.guest, pytest.mark.root]

@@ -15,8 +15,9 @@ import pytest
 
 from epochs import Machine, Store
 from epochs.pytest_plugin import _process
+from tests.commands import run_cli
 
-from .guest import ctl, run_cli, wait_fillers, wait_witness
+from .guest import ctl, wait_fillers, wait_witness
 
 pytestmark = pytest.mark.guest
 

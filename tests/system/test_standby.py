@@ -18,16 +18,15 @@ from epochs.points import POINTS
 from epochs.processes import ProcessId
 from epochs.protocol import standby
 from epochs.qemu import monitor
+from tests.commands import cli_json, run_cli
 
 from .guest import (
     Artefacts,
     assert_no_lock_astray,
     assert_tidy,
     check_disks,
-    cli_json,
     ctl,
     processes_in,
-    run_cli,
     wait_fillers,
     wait_witness,
 )

@@ -11,9 +11,10 @@ import pytest
 
 from blockcow import LayerDamaged
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store, points
+from tests.commands import cli_json, run_cli
 from tests.dm.lab.disks import MIB, random_image
 from tests.dm.lab.volumes import GROUP, group, lvm, volume, volumes
-from tests.system.guest import assert_tidy, cli_json, run_cli
+from tests.system.guest import assert_tidy
 
 UML = ["--disk", "256M", "--disk", "256M"]
 DEVICE, OTHER = "/dev/ubdb", "/dev/ubdc"

@@ -12,17 +12,11 @@ import pytest
 
 from epochs import Machine, Store
 from epochs.points import FaultInjected
+from tests.commands import run_cli
 from tests.dm.lab.story import OPERATIONS, negative_control, story
 from tests.dm.lab.volumes import GROUP, group, lvm, volume, volumes
 from tests.system.files import files_story, shell
-from tests.system.guest import (
-    Artefacts,
-    check_disks,
-    ctl,
-    run_cli,
-    wait_console,
-    wait_witness,
-)
+from tests.system.guest import Artefacts, check_disks, ctl, wait_console, wait_witness
 from tests.system.model import Model
 
 UML = ["--disk", "3G"]

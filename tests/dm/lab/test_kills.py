@@ -17,16 +17,10 @@ import pytest
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
 from epochs.errors import Refused
 from epochs.points import POINTS
+from tests.commands import run_cli
 from tests.dm.lab.disks import MIB, random_image
 from tests.dm.lab.volumes import GROUP, group, lvm, volume, volumes
-from tests.system.guest import (
-    Artefacts,
-    assert_tidy,
-    check_disks,
-    ctl,
-    run_cli,
-    wait_witness,
-)
+from tests.system.guest import Artefacts, assert_tidy, check_disks, ctl, wait_witness
 
 UML = ["--disk", "1500M"]
 DEVICE = "/dev/ubdb"

@@ -19,6 +19,7 @@ from blockcow.devmapper import open_driver
 from blockcow.dmthin import DmThinBackend
 from blockcow.pools import check_device
 from epochs import DiskSpec, Epoch, Machine, MachineSpec, Store
+from tests.commands import run_cli
 from tests.dm.lab.cut import (
     check_closed,
     check_devices,
@@ -35,7 +36,6 @@ from tests.system.guest import (
     check_disks,
     ctl,
     processes_in,
-    run_cli,
     wait_console,
     wait_witness,
 )

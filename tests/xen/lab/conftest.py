@@ -11,8 +11,9 @@ import pytest
 
 from epochs import Machine, Store
 from memsave.xen.live import Host
+from tests.commands import run_cli
 from tests.dm.lab.volumes import group, volume
-from tests.system.guest import assert_tidy, run_cli
+from tests.system.guest import assert_tidy
 from tests.xen.lab.domu import CONSOLES, DOMU, DomU, config, domains, xl
 
 

@@ -19,7 +19,8 @@ from epochs.xen.domains import SAVER, SavedByAnother
 from memsave.errors import MemsaveError
 from memsave.xen import XenDomain, XlSave, xlfile
 from memsave.xen.live import Host
-from tests.system.guest import assert_tidy, run_cli, wait_witness
+from tests.commands import run_cli
+from tests.system.guest import assert_tidy, wait_witness
 from tests.xen.lab.domu import DOMU, DomU, config, domains, xl
 
 XEN = ["--disk", "700M", "--disk", "700M"]

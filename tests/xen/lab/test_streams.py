@@ -12,7 +12,8 @@ from epochs import Store
 from memsave import PackStore
 from memsave.xen import State, XenDomain, XlSave, xlfile
 from memsave.xen.live import Host
-from tests.system.guest import assert_tidy, run_cli
+from tests.commands import run_cli
+from tests.system.guest import assert_tidy
 from tests.xen.lab.domu import DomU, config, xl
 
 pytestmark = pytest.mark.timeout(700)

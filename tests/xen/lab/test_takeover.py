@@ -11,9 +11,10 @@ import pytest
 
 from epochs import Store
 from epochs.points import POINTS
+from tests.commands import run_cli
 from tests.dm.lab.test_kills import settle, strike
 from tests.dm.lab.volumes import volume
-from tests.system.guest import check_disks, ctl, run_cli, wait_witness
+from tests.system.guest import check_disks, ctl, wait_witness
 from tests.xen.lab.domu import DOMU, DomU, config, domains, xl
 from tests.xen.lab.test_bad_input import refused
 from tests.xen.lab.test_kills import Sweep, known

@@ -1,9 +1,9 @@
 """Runs the tests in `lab`, each file in dom0 of a Xen host of its own, real domUs beside it.
 
 `./scripts/test tests/xen -k streams` runs one file; $EPOCHS_XEN_LAB passes arguments on to the
-pytest inside. By default commands are killed at the points where a domain's state changes; `--all`
-does so at every point and makes random operations, `--operations` of them (lab/conftest.py), for an
-hour.
+pytest inside. By default commands are killed at the points where a domain's state changes, and
+tests marked `whole` are left out; `--all` does so at every point, runs those, too, and makes random
+operations, `--operations` of them (lab/conftest.py): hours in all.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tests.system.guest import (
     wait_witness,
 )
 
-OPERATIONS = int(os.environ.get("EPOCHS_OPERATIONS", "20"))  # 60 take 20 min a backend here
+OPERATIONS = int(os.environ.get("EPOCHS_OPERATIONS", "10"))  # 60 take 20 min a backend here
 
 
 def story(store: Store, web: Machine, scratch: Path, *, forks: bool = True) -> None:

@@ -136,6 +136,7 @@ def test_what_others_do(boot: Callable[[str], Machine], store: Store, tmp_path: 
     assert out.raw["c_info"]["uuid"] not in xl("list", "-l")
 
 
+@pytest.mark.whole
 def test_guest_and_host(boot: Callable[[str], Machine], store: Store, tmp_path: Path,
                         monkeypatch: pytest.MonkeyPatch) -> None:
     web = boot("pvh")

@@ -61,6 +61,7 @@ def test_create(kind: str, boot: Callable[[str], Machine], store: Store, sweep: 
     assert store.verify([first]) == []
 
 
+@pytest.mark.whole
 def test_killed_at_any_time(boot: Callable[[str], Machine], store: Store,
                             sweep: Sweep) -> None:
     """Between the points, too: while the guest is on its way to suspend itself."""

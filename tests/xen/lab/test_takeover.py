@@ -79,6 +79,7 @@ def test_taken_over(kind: str, plain: Callable[[str], DomU], store: Store, tmp_p
     assert {device: digest(device) for device in originals} == originals, "left as they were"
 
 
+@pytest.mark.whole
 def test_killed(plain: Callable[[str], DomU], store: Store, sweep: Sweep) -> None:
     domain = plain("pvh")
     domain.ctl("nonce", "set", "one")

@@ -1,4 +1,4 @@
-"""300 random operations with the witness writing throughout: memory and disks never part.
+"""Random operations with the witness writing throughout: memory and disks never part.
 
 CI runs one fixed seed with each QEMU, so that what it says of a commit can be repeated.
 EPOCHS_SEED=N runs another, EPOCHS_SEED=random a new one, which is printed; EPOCHS_OPERATIONS
@@ -19,7 +19,7 @@ from epochs import Machine, Store
 from .model import Model
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
-OPERATIONS = int(os.environ.get("EPOCHS_OPERATIONS", "300"))
+OPERATIONS = int(os.environ.get("EPOCHS_OPERATIONS", "150"))
 
 
 @pytest.mark.timeout(2700)

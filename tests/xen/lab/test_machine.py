@@ -62,7 +62,13 @@ def test_story(kind: str, boot: Callable[[str], Machine], store: Store, tmp_path
     web.rollback(done["kept"], keep=False)
     assert ctl(web, "nonce", "get") == "three"
     wait_witness(web, 0, 60)
-    negative_control(store, web)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", ["pv", "pvh"])
+def test_the_witness_sees_memory_over_another_epoch_s_disk(
+        kind: str, boot: Callable[[str], Machine], store: Store) -> None:
+    negative_control(store, boot(kind))
 
 
 @pytest.mark.whole  # many restores; libxl gives its hotplug scripts 40 s, which can be too few here

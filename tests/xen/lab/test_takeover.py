@@ -109,6 +109,7 @@ def test_killed(plain: Callable[[str], DomU], store: Store, sweep: Sweep) -> Non
             domain.ctl("nonce", "set", "one")
 
 
+@pytest.mark.whole
 def test_refused(plain: Callable[[str], DomU], store: Store) -> None:
     domain = plain("pvh")
     assert "neither a configuration file nor" in refused(store, "add", "web", "--xen", "nobody",

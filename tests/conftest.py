@@ -30,7 +30,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A clean-up may hang in its turn, with nothing to end it: then every thread's stack is
-    printed, and the worker's process ends, which pytest-xdist reports as this test's failure."""
+    printed, and the worker's process ends, which pytest-xdist reports as this test's failure.
+    Elsewhere somebody may be looking at it with a debugger."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
     marker = item.get_closest_marker("timeout")
     limit = float(marker.args[0] if marker else item.config.getini("timeout"))
     faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=item.config.stash[_stderr])

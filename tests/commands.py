@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LIMIT = 300  # seconds for one command
-WORDS = (sys.executable, "-m", "epochs")
 
 
 def _command(arguments: list[str], environment: Mapping[str, str], output: list[str]) -> None:
@@ -97,8 +96,9 @@ def run_cli(store: Path, *arguments: str, fault: str | None = None,
         with forked(store, *arguments, **more) as command:
             done = command.ended()
     else:
-        done = subprocess.run([*WORDS, *arguments], env=environment(store, **more),
-                              capture_output=True, text=True, check=False, timeout=LIMIT)
+        done = subprocess.run([sys.executable, "-m", "epochs", *arguments],
+                              env=environment(store, **more), capture_output=True, text=True,
+                              check=False, timeout=LIMIT)
     if check:
         done.check_returncode()
     return done

@@ -35,7 +35,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
     marker = item.get_closest_marker("timeout")
-    limit = float(marker.args[0] if marker else item.config.getini("timeout"))
+    limit = float(marker.args[0] if marker else
+                  item.config.getoption("timeout") or item.config.getini("timeout"))
     faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=item.config.stash[_stderr])
     try:
         return (yield)

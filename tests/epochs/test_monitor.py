@@ -17,7 +17,7 @@ from epochs.qemu.monitor import GREETINGS, Monitor
 VERSION = {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}
 GREETING: dict[str, object] = {"QMP": {"version": VERSION, "capabilities": []}}
 EVENT: dict[str, object] = {"event": "VSERPORT_CHANGE", "data": {"id": "agent", "open": True},
-         "timestamp": {"seconds": 0, "microseconds": 0}}
+                            "timestamp": {"seconds": 0, "microseconds": 0}}
 
 
 def serve(listener: socket.socket, overtaken: int) -> int:

@@ -259,6 +259,7 @@ def canonicaliser() -> None:
     add("canonicaliser, per core, pages unchanged or zero",
         [found["unchanged_or_zero_gb_s"]], "GB/s", 4.0)
     add("canonicaliser, per core, new pages", [found["new_gb_s"]], "GB/s", 1.5)
+    add("  as many bytes compared by memcmp", [found["memcmp_gb_s"]], "GB/s")
 
 
 DEPTHS = (50, 200, 500)

@@ -24,6 +24,7 @@ import laboratory
 
 SCRIPTS = Path(__file__).resolve().parent
 KERNEL = "linux.uml"
+INSTALLED = Path("/usr/lib/uml/modules")  # of Debian's package
 PROGRAM, MACHINE = "scripts/uml", "User-Mode Linux"
 HALTED, GRACE = b"reboot: System halted", 10.0  # what it says last; seconds to exit after it
 
@@ -34,7 +35,17 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
                         help="disk at /mnt; a new one gets an ext4 file system (default: 4G)")
     parser.add_argument("--directory", type=Path, default=Path.cwd(),
                         help="where the command runs (default: here)")
+    parser.add_argument("--installed", action="store_true",
+                        help="the kernel that is installed instead of the newer one in $EPOCHS_UML")
     return parser.parse_args(arguments)
+
+
+def kernel_of(options: argparse.Namespace) -> tuple[str, Path]:
+    """The kernel's program and the folder of its modules."""
+    newer = os.environ.get("EPOCHS_UML")
+    if newer and not options.installed:
+        return str(Path(newer) / KERNEL), Path(newer) / "modules"
+    return KERNEL, INSTALLED
 
 
 def prepared(options: argparse.Namespace, place: Path) -> list[str]:
@@ -54,7 +65,10 @@ def prepared(options: argparse.Namespace, place: Path) -> list[str]:
                        check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"})
     disks = [scratch, *(laboratory.image(text, place, number)
                         for number, text in enumerate(options.disk, start=1))]
-    return [KERNEL, "rootfstype=hostfs", "rootflags=/", "ro", f"init={SCRIPTS}/lib/uml-init",
+    kernel, modules = kernel_of(options)
+    # seccomp: where the kernel has that way, and the host lets it.
+    return [kernel, "seccomp=auto", f"modules={modules}",
+            "rootfstype=hostfs", "rootflags=/", "ro", f"init={SCRIPTS}/lib/uml-init",
             f"exchange={exchange}", f"mem={options.memory}", f"uml_dir={place}/", "umid=uml",
             "hostname=uml", "quiet", "con=null",
             *(f"ubd{number}={disk}" for number, disk in enumerate(disks))]
@@ -105,8 +119,8 @@ def ended(said: io.FileIO, kept: io.FileIO, timeout: float) -> bool:
 
 def main() -> int:
     options = parsed(sys.argv[1:])
-    if shutil.which(KERNEL) is None:
-        print(f"{PROGRAM}: {KERNEL} is not installed (Debian: user-mode-linux)", file=sys.stderr)
+    if shutil.which(kernel := kernel_of(options)[0]) is None:
+        print(f"{PROGRAM}: {kernel} is not installed (Debian: user-mode-linux)", file=sys.stderr)
         return laboratory.STALLED
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with (tempfile.TemporaryDirectory(prefix="epochs-uml-") as place,

@@ -80,8 +80,8 @@ mirror() {
 }
 
 # build NAME FUNCTION FILE... : run FUNCTION DIRECTORY unless the cache holds what it makes from the
-# FILEs as they are now; prints the directory. An interrupted build leaves nothing that counts. Not to
-# be called in a condition (if, ||, &&): there bash lets FUNCTION go on after a command failed.
+# FILEs as they are now; prints the directory, which FUNCTION knows as $place and fills under another
+# name. An interrupted build leaves nothing that counts. Not to be called in a condition (if, ||, &&): there bash lets FUNCTION go on after a command failed.
 build() {
     local name=$1 make=$2 key place work status
     shift 2

@@ -3,6 +3,12 @@
 
 need_uml() {
     need user-mode-linux kmod lvm2 dmsetup thin-provisioning-tools e2fsprogs util-linux fdisk iproute2
+    if EPOCHS_UML=$("$ROOT/scripts/guests/build-uml"); then
+        export EPOCHS_UML
+    else
+        unset EPOCHS_UML
+        say "User-Mode Linux is Debian 12's then, which takes up to three times as long"
+    fi
 }
 
 need_xen() {

@@ -23,8 +23,9 @@ def run(place: Path, kernel: str, timeout: float) -> subprocess.CompletedProcess
     program.write_text(f"#!/bin/sh\n{kernel}")
     program.chmod(0o755)
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "uml_run.py"), "--timeout", str(timeout),
-         "--scratch", "16M", "--", "true"], capture_output=True, text=True, check=False,
+        [sys.executable, str(ROOT / "scripts" / "uml_run.py"), "--installed",
+         "--timeout", str(timeout), "--scratch", "16M", "--", "true"],
+        capture_output=True, text=True, check=False,
         env={**os.environ, "PATH": f"{place}:{os.environ['PATH']}"})
 
 

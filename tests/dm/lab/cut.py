@@ -44,7 +44,7 @@ DEVICE, OTHER = Path("/dev/ubdb"), Path("/dev/ubdc")
 SMALL, EXTRA = PLACE / "small.img", PLACE / "extra.img"
 DISK_SIZE, WORD_AT, WORD_SIZE = 8 * MIB, MIB, 4096
 STEP = 8 * MIB  # by which a pool is extended
-POWER_OFF = 0x4321FEDC  # reboot(2): at once, nothing is written back
+HALT = 0xCDEF0123  # reboot(2): at once, nothing is written back
 
 
 # -- pools and devices, for test_kills_dmthin.py too -------------------------------------------
@@ -391,7 +391,7 @@ def cut(sweep: str, point: str, *command: str) -> None:
     killed(point, *command)
     UNSYNCED.write_bytes(b"lost" * 1024)
     print(f"cut at {sweep}:{point}", flush=True)
-    ctypes.CDLL(None, use_errno=True).reboot(POWER_OFF)
+    ctypes.CDLL(None, use_errno=True).reboot(HALT)
     raise OSError(ctypes.get_errno(), "reboot(2) returned")
 
 

@@ -14,6 +14,8 @@ from tests.dm.lab.story import OPERATIONS, negative_control, story
 from tests.system.files import files_story
 from tests.system.model import Model
 
+UML = ["--installed"]  # Debian 12's kernel, which has no PAGEMAP_SCAN
+
 
 def test_story(store: Store, boot: Callable[..., Machine], tmp_path: Path) -> None:
     web = boot("dmsnap")

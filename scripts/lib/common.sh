@@ -141,6 +141,19 @@ download() {
     rm -r "$place/debs"
 }
 
+# unpack RELEASE DIRECTORY PACKAGES OPTION... : packages (a,b,c) of a Debian release with all they need, unpacked
+# only into DIRECTORY/root: nothing in it is ever configured or started as a system.
+unpack() {
+    local release=$1 place=$2 packages=$3
+    shift 3
+    apt_update
+    apt_way >"$place/apt.conf"
+    sources "$release" "$place" >"$place/sources"
+    TMPDIR=$place mmdebstrap --mode=root --variant=extract --architectures=amd64 \
+        --aptopt="$place/apt.conf" --include="$packages" "$@" "$release" "$place/root" "$place/sources"
+    rm -r "$place/apt.conf" "$place/sources" "$place/keys"
+}
+
 # source_of DIRECTORY PACKAGE RELEASE : a package's source, with Debian's changes, as DIRECTORY/PACKAGE.
 source_of() {
     local place=$1 package=$2 release=$3 way

@@ -81,7 +81,8 @@ mirror() {
 
 # build NAME FUNCTION FILE... : run FUNCTION DIRECTORY unless the cache holds what it makes from the
 # FILEs as they are now; prints the directory, which FUNCTION knows as $place and fills under another
-# name. An interrupted build leaves nothing that counts. Not to be called in a condition (if, ||, &&): there bash lets FUNCTION go on after a command failed.
+# name. An interrupted build leaves nothing that counts. Not to be called in a condition (if, ||, &&):
+# there bash lets FUNCTION go on after a command failed.
 build() {
     local name=$1 make=$2 key place work status
     shift 2
@@ -141,8 +142,8 @@ download() {
     rm -r "$place/debs"
 }
 
-# unpack RELEASE DIRECTORY PACKAGES OPTION... : packages (a,b,c) of a Debian release with all they need, unpacked
-# only into DIRECTORY/root: nothing in it is ever configured or started as a system.
+# unpack RELEASE DIRECTORY PACKAGES OPTION... : packages (a,b,c) of a Debian release with all they need, as
+# DIRECTORY/root. Unpacked only: nothing in it is ever configured or started as a system.
 unpack() {
     local release=$1 place=$2 packages=$3
     shift 3

@@ -18,15 +18,17 @@ pytestmark = pytest.mark.dm
 LEAVE_STATUS = 'for word; do case $word in exchange=*) echo 7 >"${word#*=}/status";; esac; done\n'
 
 
-def run(place: Path, kernel: str, timeout: float) -> subprocess.CompletedProcess[str]:
+def run(place: Path, kernel: str, timeout: float, options: tuple[str, ...] = ("--installed",),
+        newer: Path | None = None) -> subprocess.CompletedProcess[str]:
     program = place / "linux.uml"
     program.write_text(f"#!/bin/sh\n{kernel}")
     program.chmod(0o755)
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "uml_run.py"), "--installed",
+        [sys.executable, str(ROOT / "scripts" / "uml_run.py"), *options,
          "--timeout", str(timeout), "--scratch", "16M", "--", "true"],
         capture_output=True, text=True, check=False,
-        env={**os.environ, "PATH": f"{place}:{os.environ['PATH']}"})
+        env={**os.environ, "PATH": f"{place}:{os.environ['PATH']}",
+             "EPOCHS_UML": str(newer or "")})
 
 
 def test_a_halted_kernel_need_not_exit(tmp_path: Path) -> None:
@@ -52,3 +54,15 @@ def test_one_that_hangs_before_it_halts(tmp_path: Path) -> None:
 def test_one_that_exits(tmp_path: Path) -> None:
     done = run(tmp_path, LEAVE_STATUS, 60)
     assert done.returncode == 7, done.stderr
+
+
+@pytest.mark.parametrize(("options", "status"), [((), 9), (("--installed",), 7)])
+def test_the_newer_kernel(tmp_path: Path, options: tuple[str, ...], status: int) -> None:
+    """It is taken unless the installed one is asked for."""
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    program = newer / "linux.uml"
+    program.write_text(f"#!/bin/sh\n{LEAVE_STATUS.replace('7', '9')}")
+    program.chmod(0o755)
+    done = run(tmp_path, LEAVE_STATUS, 60, options, newer)
+    assert done.returncode == status, done.stderr
